@@ -1,0 +1,518 @@
+"""The contract between a rented machine's agent and the server. Standard library only.
+
+Everything that crosses the wire is here: what the agent is asked to do (`JobSpec`), what it
+reports (`Report`, whose `type` is a `Fact`), what it is answered (`Order`), and how both are
+signed. The agent ships this file and nothing else of Stoker; the server imports this leaf of
+`gpu_agent` and no other.
+
+Rules that keep an agent of three months ago understood:
+
+1. Changes are additive. A reader ignores keys that it does not know (the `Recipe` alone is
+   strict: there an unknown key is a typo that would cost somebody's money).
+2. A `Report` that cannot be read raises `WireError`, whatever the bytes are.
+3. Signatures follow Standard Webhooks 1.0: HMAC-SHA256 over ``id.timestamp.body``, header
+   ``v1,<base64>``, several separated by spaces while a secret is rotated.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import dataclasses
+import enum
+import hashlib
+import hmac
+import json
+import math
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+#: Wire version; it grows only when an old reader could misunderstand a new writer.
+VERSION = 1
+#: A report's body may not be longer than this (bytes); longer is answered with 413.
+MAX_BODY = 256 * 1024
+#: Standard Webhooks: how far a timestamp may be from the reader's clock (seconds).
+TOLERANCE = 300
+SECRET_PREFIX = "whsec_"  # noqa: S105 -- a prefix, not a secret
+
+
+class WireError(ValueError):
+    """What arrived cannot be understood; the text says which part."""
+
+
+class SignatureError(Exception):
+    """The signature, its headers or its timestamp are not acceptable (answered with 401)."""
+
+
+class Fact(enum.StrEnum):
+    """What an agent can report. Only `state.machine` turns facts into states."""
+
+    #: The machine runs, its GPU answers.
+    GPU_READY = "gpu.ready"
+    #: Bytes and files of the dataset zip so far.
+    IMAGES_PROGRESS = "images.progress"
+    #: The dataset is downloaded, verified and unpacked.
+    IMAGES_READY = "images.ready"
+    #: Bytes of the base model so far.
+    MODEL_PROGRESS = "model.progress"
+    #: The base model is downloaded and verified.
+    MODEL_READY = "model.ready"
+    #: Dataset, model and training configuration are where the trainer wants them.
+    FILES_POSITIONED = "files.positioned"
+    TRAINING_STARTED = "training.started"
+    #: step, total, loss, lr, steps_per_s, eta_s; optionally `points`, a batch of series points.
+    TRAINING_PROGRESS = "training.progress"
+    TRAINING_CHECKPOINT = "training.checkpoint"
+    TRAINING_SAMPLE = "training.sample"
+    #: The trainer ended well; the weights are not uploaded yet.
+    TRAINING_COMPLETED = "training.completed"
+    #: All result files are in storage: `files` = [{name, bytes, sha256}].
+    WEIGHTS_UPLOADED = "weights.uploaded"
+    LOG_LINES = "log.lines"
+    HEARTBEAT = "heartbeat"
+    #: The attempt cannot go on: code, message, retryable, and the last lines of the log.
+    ERROR = "error"
+
+
+class Order(enum.StrEnum):
+    """What the server may tell the agent in the answer to a report."""
+
+    CANCEL = "cancel"
+    CHECKPOINT_NOW = "checkpoint_now"
+    SAMPLE_NOW = "sample_now"
+    #: This attempt is stale or its job is finished: stop and destroy the instance.
+    STOP = "stop"
+
+
+# --- reading values out of parsed JSON ------------------------------------------------------
+
+
+def _loads(body: bytes, what: str) -> dict[str, Any]:
+    try:
+        value = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise WireError(f"{what} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise WireError(f"{what} is not a JSON object")
+    return value
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _text(value: Mapping[str, Any], key: str, *, limit: int = 4096) -> str:
+    got = value.get(key)
+    if not isinstance(got, str) or not got or len(got) > limit:
+        raise WireError(f"{key!r} must be a text of 1 to {limit} characters")
+    if "\x00" in got or any(0xD800 <= ord(character) <= 0xDFFF for character in got):
+        raise WireError(f"{key!r} holds a character that no database can keep")
+    return got
+
+
+def _whole(value: Mapping[str, Any], key: str, *, least: int) -> int:
+    got = value.get(key)
+    if isinstance(got, bool) or not isinstance(got, int) or not least <= got < 2**53:
+        raise WireError(f"{key!r} must be a whole number of at least {least}")
+    return got
+
+
+def _number(value: Mapping[str, Any], key: str) -> float:
+    got = value.get(key)
+    if isinstance(got, bool) or not isinstance(got, (int, float)) or abs(got) >= 2**53:
+        raise WireError(f"{key!r} must be a number")
+    return float(got)
+
+
+# --- reports ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """One fact of one attempt. `seq` counts from 1 within the attempt, without gaps."""
+
+    job: str
+    attempt: int
+    seq: int
+    type: Fact
+    #: Seconds since the epoch, by the agent's clock.
+    at: float
+    data: Mapping[str, Any] = field(default_factory=dict)
+    version: int = VERSION
+
+    def to_bytes(self) -> bytes:
+        """Compact UTF-8 JSON with keys in a fixed order, so that equal reports are equal bytes."""
+        return json.dumps(
+            dataclasses.asdict(self), separators=(",", ":"), ensure_ascii=False, allow_nan=False
+        ).encode()
+
+    @property
+    def webhook_id(self) -> str:
+        """The same for every retry of this report, as Standard Webhooks asks."""
+        return f"{self.job}.{self.attempt}.{self.seq}"
+
+    @classmethod
+    def from_bytes(cls, body: bytes) -> Report:
+        """Read a report.
+
+        Raises:
+            WireError: the bytes are not a report that this version understands.
+        """
+        value = _loads(body, "the report")
+        version = _whole(value, "version", least=1)
+        if version > VERSION:
+            raise WireError(f"wire version {version} is newer than ours ({VERSION})")
+        try:
+            kind = Fact(_text(value, "type", limit=64))
+        except ValueError:
+            raise WireError(f"unknown fact {value.get('type')!r}") from None
+        data = value.get("data", {})
+        if not isinstance(data, dict):
+            raise WireError("'data' must be an object")
+        if "\\u0000" in json.dumps(data):
+            raise WireError("'data' holds a character that no database can keep")
+        return cls(
+            job=_text(value, "job", limit=64),
+            attempt=_whole(value, "attempt", least=1),
+            seq=_whole(value, "seq", least=1),
+            type=kind,
+            at=_number(value, "at"),
+            data=data,
+            version=version,
+        )
+
+
+def answer_to_bytes(orders: Sequence[Order]) -> bytes:
+    """The body of a 2xx (or 410) answer to a report."""
+    return json.dumps({"orders": [str(order) for order in orders]}).encode()
+
+
+def orders_from_bytes(body: bytes) -> list[Order]:
+    """The orders in an answer; unknown ones and anything unreadable are no orders."""
+    try:
+        listed = _loads(body, "the answer").get("orders")
+    except WireError:
+        return []
+    known = set(Order)
+    return [Order(item) for item in listed if item in known] if isinstance(listed, list) else []
+
+
+# --- the recipe -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How to train a LoRA: few fields, one meaning each; an unknown key is an error.
+
+    Attributes:
+        steps: optimizer steps.
+        resolution: side in pixels of the square whose area each bucket keeps; a multiple of 64.
+        batch_size: images per forward pass.
+        gradient_accumulation: forward passes per optimizer step.
+        rank, alpha: of the LoRA; its update is scaled by alpha / rank.
+        targets: `attention` (to_q, to_k, to_v, to_out.0) or `full` (also feed-forward and
+            projections, the set that kohya's sd-scripts trains).
+        learning_rate, optimizer, scheduler, warmup_steps: `prodigy` wants learning_rate 1.0.
+        trigger: the word that stands for the subject.
+        caption_template: used for images without a caption file; `{trigger}` is replaced.
+        caption_dropout: share of steps trained with an empty caption.
+        flip: mirror images at random.
+        min_snr_gamma: Min-SNR loss weighting (Hang et al. 2023, arXiv:2303.09556); 5 is usual.
+        validation_every: steps between validations, each of which may write a checkpoint.
+        validation_share: share of images held out; with fewer than 8 images all are used for
+            both, and the result says so.
+        keep_checkpoints: how many of the best (and the last) stay on disk.
+        sample_prompts, sample_every: sample images; 0 means only at the end.
+        precision: `auto` takes bf16 where the GPU has it, else fp16, and fp32 on a CPU.
+    """
+
+    steps: int = 1000
+    resolution: int = 512
+    batch_size: int = 1
+    gradient_accumulation: int = 1
+    rank: int = 16
+    alpha: float = 16.0
+    targets: str = "attention"
+    learning_rate: float = 1e-4
+    optimizer: str = "adamw"
+    scheduler: str = "cosine"
+    warmup_steps: int = 0
+    trigger: str = ""
+    caption_template: str = "a photo of {trigger}"
+    caption_dropout: float = 0.0
+    flip: bool = False
+    min_snr_gamma: float | None = None
+    validation_every: int = 100
+    validation_share: float = 0.1
+    keep_checkpoints: int = 3
+    sample_prompts: tuple[str, ...] = ()
+    sample_every: int = 0
+    precision: str = "auto"
+    seed: int = 0
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> Recipe:
+        """Check a customer's recipe; what is not said takes its default.
+
+        Raises:
+            RecipeError: every fault that was found, each with the key that it is about.
+        """
+        faults: dict[str, str] = {}
+        known = {item.name: item for item in dataclasses.fields(cls)}
+        for key in value:
+            if key not in known:
+                faults[str(key)] = f"is not a recipe key; known are {', '.join(sorted(known))}"
+        taken: dict[str, Any] = {}
+        for key, (accept, wants) in _RECIPE_RULES.items():
+            if key in value:
+                got: Any = tuple(value[key]) if isinstance(value[key], list) else value[key]
+                if accept(got):
+                    taken[key] = float(got) if known[key].type == "float" else got
+                else:
+                    faults[key] = f"must be {wants}, not {value[key]!r}"
+        if faults:
+            raise RecipeError(faults)
+        return cls(**taken)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "sample_prompts": list(self.sample_prompts)}
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be trained; `faults` maps each key to what is wrong with it."""
+
+    def __init__(self, faults: Mapping[str, str]) -> None:
+        self.faults = dict(faults)
+        super().__init__("; ".join(f"{key} {fault}" for key, fault in self.faults.items()))
+
+
+def _is_whole(least: int, most: int, step: int = 1) -> tuple[Any, str]:
+    def accept(got: object) -> bool:
+        return type(got) is int and least <= got <= most and got % step == 0
+
+    multiple = f", a multiple of {step}" if step > 1 else ""
+    return accept, f"a whole number from {least} to {most}{multiple}"
+
+
+def _is_real(least: float, most: float, *, above: bool = False) -> tuple[Any, str]:
+    def accept(got: object) -> bool:
+        if isinstance(got, bool) or not isinstance(got, (int, float)) or not math.isfinite(got):
+            return False
+        return (least < got if above else least <= got) and got <= most
+
+    return (
+        accept,
+        f"a number {'above' if above else 'from'} {least} {'and' if above else 'to'} {most}",
+    )
+
+
+def _is_one_of(*choices: str) -> tuple[Any, str]:
+    return (lambda got: isinstance(got, str) and got in choices), f"one of {', '.join(choices)}"
+
+
+def _is_text(limit: int) -> tuple[Any, str]:
+    def accept(got: object) -> bool:
+        return isinstance(got, str) and len(got) <= limit and got.isprintable()
+
+    return accept, f"a printable text of at most {limit} characters"
+
+
+def _is_flag(got: object) -> bool:
+    return isinstance(got, bool)
+
+
+def _is_prompts(got: object) -> bool:
+    return (
+        isinstance(got, tuple)
+        and len(got) <= 8
+        and all(
+            isinstance(item, str) and 0 < len(item) <= 500 and item.isprintable() for item in got
+        )
+    )
+
+
+_snr, _snr_wants = _is_real(0, 100, above=True)
+_RECIPE_RULES: dict[str, tuple[Any, str]] = {
+    "steps": _is_whole(1, 100_000),
+    "resolution": _is_whole(64, 2048, 64),
+    "batch_size": _is_whole(1, 64),
+    "gradient_accumulation": _is_whole(1, 64),
+    "rank": _is_whole(1, 512),
+    "alpha": _is_real(0, 1024, above=True),
+    "targets": _is_one_of("attention", "full"),
+    "learning_rate": _is_real(0, 10, above=True),
+    "optimizer": _is_one_of("adamw", "prodigy"),
+    "scheduler": _is_one_of("constant", "cosine"),
+    "warmup_steps": _is_whole(0, 100_000),
+    "trigger": _is_text(100),
+    "caption_template": _is_text(500),
+    "caption_dropout": _is_real(0, 1),
+    "flip": (_is_flag, "true or false"),
+    "min_snr_gamma": (lambda got: got is None or _snr(got), f"null or {_snr_wants}"),
+    "validation_every": _is_whole(1, 100_000),
+    "validation_share": _is_real(0, 0.5),
+    "keep_checkpoints": _is_whole(1, 100),
+    "sample_prompts": (_is_prompts, "a list of at most 8 texts of 1 to 500 characters"),
+    "sample_every": _is_whole(0, 100_000),
+    "precision": _is_one_of("auto", "bf16", "fp16", "fp32"),
+    "seed": _is_whole(0, 2**31 - 1),
+}
+
+
+# --- the job spec -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Download:
+    """Something to pull. `sha256` is lower-case hex; empty where nobody published one."""
+
+    url: str = field(repr=False)
+    name: str
+    bytes: int
+    sha256: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobSpec:
+    """The answer to the agent's hello: all that one attempt needs, and nothing that outlives it.
+
+    Attributes:
+        base_family: model family, e.g. `sd1`.
+        secret: `whsec_…` of this attempt alone; signs reports and requests for fresh URLs.
+        report_url: where reports are POSTed.
+        files_url: where fresh presigned URLs are asked for (see `docs/wire.md`).
+        lease_ends_at: seconds since the epoch; later than this the agent destroys its instance.
+        silence_limit_s: so long without any answer from the server, and it does the same.
+        resume: the newest checkpoint's files, empty on a first attempt.
+    """
+
+    job: str
+    attempt: int
+    dataset: Download
+    base: Download
+    base_family: str
+    method: str
+    recipe: Mapping[str, Any]
+    secret: str = field(repr=False)
+    report_url: str
+    files_url: str
+    lease_ends_at: float
+    silence_limit_s: float = 900.0
+    heartbeat_s: float = 10.0
+    progress_s: float = 5.0
+    resume: tuple[Download, ...] = ()
+    version: int = VERSION
+
+    def to_bytes(self) -> bytes:
+        return json.dumps(dataclasses.asdict(self), separators=(",", ":")).encode()
+
+    @classmethod
+    def from_bytes(cls, body: bytes) -> JobSpec:
+        """Read a job spec; keys that this agent does not know are ignored.
+
+        Raises:
+            WireError: something needed is missing or of the wrong kind.
+        """
+        value = _loads(body, "the job spec")
+        known = {item.name for item in dataclasses.fields(cls)}
+        taken = {key: item for key, item in value.items() if key in known}
+        for key in ("job", "base_family", "method", "secret", "report_url", "files_url"):
+            _text(value, key)
+        _whole(value, "attempt", least=1)
+        _number(value, "lease_ends_at")
+        if not isinstance(value.get("recipe"), dict):
+            raise WireError("'recipe' must be an object")
+        resume = value.get("resume", [])
+        if not isinstance(resume, list):
+            raise WireError("'resume' must be a list")
+        taken["dataset"] = _download(value.get("dataset"), "dataset")
+        taken["base"] = _download(value.get("base"), "base")
+        taken["resume"] = tuple(_download(item, "resume") for item in resume)
+        return cls(**taken)
+
+
+def _download(value: object, what: str) -> Download:
+    if not isinstance(value, dict):
+        raise WireError(f"{what!r} must be an object")
+    sha256 = value.get("sha256", "")
+    if not isinstance(sha256, str):
+        raise WireError(f"{what!r}: 'sha256' must be a text")
+    return Download(
+        url=_text(value, "url", limit=16_384),
+        name=_text(value, "name", limit=255),
+        bytes=_whole(value, "bytes", least=0),
+        sha256=sha256.lower(),
+    )
+
+
+# --- signatures (Standard Webhooks 1.0) -------------------------------------------------------
+
+
+def new_secret() -> str:
+    """A fresh `whsec_` secret of 256 random bits."""
+    return SECRET_PREFIX + base64.b64encode(secrets.token_bytes(32)).decode()
+
+
+def secret_key(secret: str) -> bytes:
+    """The key bytes of a `whsec_…` secret.
+
+    Raises:
+        WireError: it is not base64 of 24 to 64 bytes.
+    """
+    try:
+        key = base64.b64decode(secret.removeprefix(SECRET_PREFIX), validate=True)
+    except (binascii.Error, ValueError):
+        raise WireError("a webhook secret is 'whsec_' and base64") from None
+    if not 24 <= len(key) <= 64:
+        raise WireError("a webhook secret holds 24 to 64 bytes")
+    return key
+
+
+def _digest(key: bytes, webhook_id: str, timestamp: int, body: bytes) -> bytes:
+    signed = f"{webhook_id}.{timestamp}.".encode() + body
+    return base64.b64encode(hmac.new(key, signed, hashlib.sha256).digest())
+
+
+def sign(body: bytes, *, secrets: Sequence[str], webhook_id: str, at: float) -> dict[str, str]:
+    """The three headers for `body`, signed with every secret given (oldest first)."""
+    timestamp = int(at)
+    signatures = [
+        "v1," + _digest(secret_key(secret), webhook_id, timestamp, body).decode()
+        for secret in secrets
+    ]
+    return {
+        "webhook-id": webhook_id,
+        "webhook-timestamp": str(timestamp),
+        "webhook-signature": " ".join(signatures),
+    }
+
+
+def verify(body: bytes, headers: Mapping[str, str], *, secrets: Sequence[str], now: float) -> str:
+    """The `webhook-id` of a well-signed body; `headers` has lower-case names.
+
+    Raises:
+        SignatureError: for anything else, whatever the garbage.
+    """
+    webhook_id = headers.get("webhook-id", "")
+    stamp = headers.get("webhook-timestamp", "")
+    if not webhook_id or len(webhook_id) > 256 or not webhook_id.isascii():
+        raise SignatureError("webhook-id is missing or not a short ASCII text")
+    if not (stamp.isascii() and stamp.isdigit() and len(stamp) <= 12):
+        raise SignatureError("webhook-timestamp is not whole seconds since the epoch")
+    if abs(now - int(stamp)) > TOLERANCE:
+        raise SignatureError(f"webhook-timestamp is more than {TOLERANCE} s from now")
+    try:
+        wanted = [_digest(secret_key(item), webhook_id, int(stamp), body) for item in secrets]
+        offered = [
+            item[3:].encode("ascii")
+            for item in headers.get("webhook-signature", "")[:4096].split(" ")
+            if item.startswith("v1,")
+        ]
+    except (WireError, UnicodeError):
+        raise SignatureError("webhook-signature cannot be read") from None
+    matches = [hmac.compare_digest(want, got) for want in wanted for got in offered]
+    if not any(matches):
+        raise SignatureError("no signature matches")
+    return webhook_id

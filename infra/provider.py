@@ -1,0 +1,85 @@
+"""The door to GPU markets: a few verbs, the same for every market and for the in-memory one.
+
+What every implementation promises (held by `tests/integration/test_provider_contract.py`):
+
+- `create` makes **one** request. An id in the answer is always handed over: as the result, or in
+  `ProviderError.instance_id`. `Refused` means nothing was rented; `Unknown` means it may have been.
+- `instances` answers the whole list or raises `Unreadable`; never a part, never "empty" for
+  "could not ask".
+- `destroy` of what is already gone is a success.
+- Every call ends within its timeout. Money is micro-USD, sizes are GB (10^9), rates Mbit/s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Protocol
+
+from state.job import GpuNeeds
+from state.offer import Offer
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchSpec:
+    """What to start on a rented machine."""
+
+    label: str
+    image: str
+    disk_gb: float
+    onstart: str
+    env: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Instance:
+    """What the market says of an instance. `phase` is ours, read from the whole tuple of states:
+
+    `starting` (created, loading), `running`, `ended` (exited, stopped, abandoned: it will not
+    run again by itself) or `lost` (unknown, offline: it may come back).
+    """
+
+    id: str
+    label: str
+    machine_id: str
+    phase: str
+    message: str = ""
+    started_at: datetime | None = None
+    price: int = 0
+    raw: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Account:
+    """`credit` in micro-USD."""
+
+    id: str
+    credit: int
+
+
+class Provider(Protocol):
+    def offers(self, needs: GpuNeeds, *, limit: int = 64) -> list[Offer]:
+        """Rentable now, each checked on our side against `needs`; in no promised order.
+
+        Raises: Refused, Unreadable.
+        """
+
+    def create(self, offer: Offer, spec: LaunchSpec) -> str:
+        """Rent `offer`; the id of the new instance. Raises: Refused (OfferGone, Throttled,
+        AccountFault) or Unknown; `instance_id` of the error is set when one was named."""
+
+    def instance(self, instance_id: str) -> Instance | None:
+        """None only when the market says that it is gone. Raises: Refused, Unreadable."""
+
+    def instances(self) -> list[Instance]:
+        """All of the account, also those that are not ours. Raises: Refused, Unreadable."""
+
+    def destroy(self, instance_id: str) -> None:
+        """Ask for the end. Raises: Refused, Unknown."""
+
+    def logs(self, instance_id: str, *, tail: int = 100) -> str:
+        """The container's last lines. Raises: Refused, Unreadable."""
+
+    def account(self) -> Account:
+        """Raises: Refused, Unreadable."""

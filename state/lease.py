@@ -1,0 +1,97 @@
+"""The lease: our record of one rented (or perhaps rented) instance, and its few moves.
+
+A lease is written *before* the create call and closed only when the provider no longer shows
+the instance; so whatever line a process dies on, some row owns the money.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Self
+
+from state.errors import IllegalMove
+
+
+class LeaseStatus(enum.StrEnum):
+    #: The create call is about to be made, or was made by a process that died.
+    INTENDED = "intended"
+    #: The create call had no trustworthy answer; the provider's list will tell.
+    UNKNOWN = "unknown"
+    #: The provider gave us an instance; `instance_id` is known.
+    RENTED = "rented"
+    #: It must go; destroy is repeated until the provider no longer shows it.
+    RELEASING = "releasing"
+    #: Seen gone (or never made). The end.
+    RELEASED = "released"
+
+
+_S = LeaseStatus
+#: Every legal move, by source.
+MOVES: dict[LeaseStatus, frozenset[LeaseStatus]] = {
+    _S.INTENDED: frozenset({_S.RENTED, _S.UNKNOWN, _S.RELEASING, _S.RELEASED}),
+    _S.UNKNOWN: frozenset({_S.RENTED, _S.RELEASING, _S.RELEASED}),
+    _S.RENTED: frozenset({_S.RELEASING, _S.RELEASED}),
+    _S.RELEASING: frozenset({_S.RELEASED}),
+    _S.RELEASED: frozenset(),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lease:
+    """One try at renting.
+
+    Attributes:
+        label: `<deployment>/<job>/<attempt>` plus a nonce; the only thing that survives a lost
+            answer, so it is unique.
+        price: micro-USD per hour (GPU and disk) as offered.
+        storage_price: micro-USD per hour of the disk alone, billed while not running.
+        expires_at: after this anybody may destroy the instance.
+        due_at: when somebody must look at this lease again.
+        absent: how many readable lists in a row did not show it while it is released.
+        why: for people: why it was kept, released or destroyed.
+    """
+
+    id: str
+    job: str
+    attempt: int
+    label: str
+    created_at: datetime
+    expires_at: datetime
+    status: LeaseStatus = LeaseStatus.INTENDED
+    offer_id: str = ""
+    machine_id: str = ""
+    gpu_name: str = ""
+    geo: str = ""
+    price: int = 0
+    storage_price: int = 0
+    instance_id: str | None = None
+    rented_at: datetime | None = None
+    ready_at: datetime | None = None
+    releasing_at: datetime | None = None
+    released_at: datetime | None = None
+    due_at: datetime | None = None
+    tries: int = 0
+    absent: int = 0
+    why: str = ""
+    cost: int = 0
+
+    def to(self, status: LeaseStatus, **changes: Any) -> Self:
+        """This lease in `status`.
+
+        Raises:
+            IllegalMove: a released lease never comes back, and the like.
+        """
+        if status is not self.status and status not in MOVES[self.status]:
+            raise IllegalMove(f"lease {self.id}", status, self.status)
+        return dataclasses.replace(self, status=status, **changes)
+
+    def evolve(self, **changes: Any) -> Self:
+        return dataclasses.replace(self, **changes)
+
+    @property
+    def open(self) -> bool:
+        """Whether it may still cost money."""
+        return self.status is not LeaseStatus.RELEASED
