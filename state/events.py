@@ -63,7 +63,7 @@ class Outgoing:
 
     id: str
     job: str
-    #: The event's number within its job; receivers order by it.
+    #: Counts the job's webhooks from 1 without gaps; receivers order by it.
     seq: int
     type: str
     created_at: datetime

@@ -94,6 +94,7 @@ class Job:
         attempt: number of the current try, from 1; the fence: facts of another one do nothing.
         known: milestone facts known of the current attempt (their `Fact` values).
         seq: number of this job's latest event; events count from 1 without gaps.
+        owed: how many webhooks the customer was promised; their `seq` counts without gaps.
         dataset_ready: the zip is built and checked.
         entered_at: when the present status began.
         deadline_at: when the present status must have been left.
@@ -113,6 +114,7 @@ class Job:
     attempt: int = 1
     known: frozenset[str] = frozenset()
     seq: int = 0
+    owed: int = 0
     dataset_ready: bool = False
     stalled_from: Status | None = None
     reason: Reason | None = None
