@@ -1,0 +1,474 @@
+"""Writing what happened: machine, events, outbox and due times, inside one transaction.
+
+Every change of a job goes through here, so that these always commit together: the new status,
+the event that tells of it, the webhook that the customer is owed, the release of machines that
+the job no longer needs, and the time at which somebody must look again.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from gpu_agent.wire import Fact, Order, Report
+from state import machine, policy
+from state.errors import Conflict, IllegalMove
+from state.events import (
+    Dataset,
+    DatasetStatus,
+    Event,
+    HostRecord,
+    Outgoing,
+    Secret,
+)
+from state.job import ACTIVE, Job, JobRequest, Reason, Status, Transition
+from state.lease import LeaseStatus
+from state.machine import Effect, Move
+from state.policy import Policy
+from state.store import Transaction
+
+#: What the customer's webhook is called, by the status entered.
+WEBHOOK_TYPES: Mapping[Status, str] = {
+    Status.PENDING_GPU: "job.pending_gpu",
+    Status.PENDING_IMAGES: "job.pending_images",
+    Status.PENDING_MODEL: "job.pending_model",
+    Status.TRAINING: "job.training",
+    Status.STALLED: "job.stalled",
+    Status.COMPLETED: "job.completed",
+    Status.FAILED: "job.failed",
+    Status.CANCELLED: "job.cancelled",
+}
+#: Facts whose data is kept as the job's latest progress, by the key it is kept under.
+PROGRESS_KEYS: Mapping[Fact, str] = {
+    Fact.GPU_READY: "gpu",
+    Fact.IMAGES_PROGRESS: "images",
+    Fact.MODEL_PROGRESS: "model",
+    Fact.TRAINING_STARTED: "training",
+    Fact.TRAINING_PROGRESS: "training",
+    Fact.TRAINING_CHECKPOINT: "checkpoint",
+    Fact.TRAINING_COMPLETED: "result",
+    Fact.WEIGHTS_UPLOADED: "upload",
+}
+#: Reasons that say nothing against the machine on which they happened.
+NOT_THE_HOSTS_FAULT = ("dataset.", "model.", "recipe.", "training.", "budget.", "pending")
+
+
+class Outcome(enum.Enum):
+    """What became of a report."""
+
+    APPLIED = "applied"
+    DUPLICATE = "duplicate"
+    #: Of an old attempt or a finished one: the agent must stop.
+    STALE = "stale"
+    UNKNOWN_JOB = "unknown_job"
+
+
+@dataclass(frozen=True)
+class Taken:
+    """The answer to one report. `wake` names the tasks to wake for its job after the commit."""
+
+    outcome: Outcome
+    orders: tuple[Order, ...] = ()
+    wake: tuple[str, ...] = ()
+
+
+def rfc3339(at: datetime) -> str:
+    return at.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+class _Pen:
+    """Collects what a transaction writes about some jobs, and writes it in few statements."""
+
+    def __init__(self, tx: Transaction, now: datetime, rules: Policy) -> None:
+        self.tx, self.now, self.rules = tx, now, rules
+        self.jobs: dict[str, Job] = {}
+        self._events: list[Event] = []
+        self._outgoing: list[Outgoing] = []
+        self._wake: dict[str, set[str]] = {}
+
+    def wake(self, job_id: str) -> tuple[str, ...]:
+        return tuple(sorted(self._wake.get(job_id, ())))
+
+    def note(
+        self, job: Job, kind: str, data: Mapping[str, Any], report: Report | None = None
+    ) -> Job:
+        """Add an event to the job's history."""
+        job = job.evolve(seq=job.seq + 1)
+        self._events.append(
+            Event(
+                job=job.id,
+                seq=job.seq,
+                attempt=report.attempt if report else job.attempt,
+                type=kind,
+                at=self.now,
+                data=data,
+                agent_seq=report.seq if report else None,
+                webhook_id=report.webhook_id if report else None,
+            )
+        )
+        return job
+
+    def owe(self, job: Job, kind: str, data: Mapping[str, Any]) -> Job:
+        """Promise the customer a webhook; due at once."""
+        if not job.request.webhook_url:
+            return job
+        job = job.evolve(owed=job.owed + 1)
+        payload = {
+            "type": kind,
+            "timestamp": rfc3339(self.now),
+            "data": {
+                "job": job.id,
+                "seq": job.owed,
+                "status": str(job.status),
+                "attempt": job.attempt,
+                "metadata": dict(job.request.metadata),
+                **data,
+            },
+        }
+        self._outgoing.append(
+            Outgoing(
+                id=f"{job.id}.{job.owed}",
+                job=job.id,
+                seq=job.owed,
+                type=kind,
+                created_at=self.now,
+                payload=payload,
+                due_at=self.now,
+            )
+        )
+        self._wake.setdefault(job.id, set()).add("relay")
+        return job
+
+    def passed(self, job: Job, transitions: Iterable[Transition]) -> Job:
+        """Record transitions, owe their webhooks, set the new state's deadline."""
+        final = job
+        for step in transitions:
+            data: dict[str, Any] = {"from": str(step.source), "to": str(step.target)}
+            data["cause"] = step.cause
+            if step.reason:
+                data["reason"] = step.reason.to_dict()
+            if step.target is Status.STALLED:
+                data["stalled_from"] = str(step.source)
+                data["retry_at"] = rfc3339(final.retry_at) if final.retry_at else None
+            job = self.note(job, "transition", data)
+            retrying = step.cause == Move.RETRY
+            kind = "job.retrying" if retrying else WEBHOOK_TYPES[step.target]
+            # Each webhook tells the status of its own step, also when several steps came at once.
+            job = self.owe(job, kind, {**data, "status": str(step.target)})
+            job = self._entered(job, step.target)
+        return job
+
+    def _entered(self, job: Job, target: Status) -> Job:
+        span = self.rules.deadlines.get(target)
+        job = job.evolve(deadline_at=self.now + span if span else None)
+        wake = self._wake.setdefault(job.id, set())
+        if target is Status.PENDING_GPU:
+            wake.add("allocate")
+            # Due now: if the wake-up is lost, the reconcile pass finds it.
+            return job.evolve(due_at=self.now)
+        if target not in ACTIVE and target is not Status.PENDING:
+            self.release(job, f"its job is {target}")
+        return job.evolve(due_at=policy.next_look(job, self.rules))
+
+    def release(self, job: Job, why: str) -> None:
+        """Every machine of the job must go."""
+        for lease in self.tx.leases_of(job.id):
+            if lease.open and lease.status is not LeaseStatus.RELEASING:
+                changes = {"why": why, "releasing_at": self.now, "due_at": self.now, "tries": 0}
+                self.tx.save_lease(lease.to(LeaseStatus.RELEASING, **changes))
+                self._wake.setdefault(job.id, set()).add("deallocate")
+
+    def stall(self, job: Job, reason: Reason) -> Job:
+        """Stall, and fail at once when no retry will come."""
+        again = policy.retry_at(job, reason, self.now, self.rules)
+        if _blames_host(reason) and (machine_id := _machine_of(self.tx, job)):
+            job = job.evolve(excluded_machines=(*job.excluded_machines, machine_id))
+            remember(self.tx, machine_id, self.now, bad=reason.code)
+        job, steps = machine.move(job, Move.STALL, self.now, reason=reason, retry_at=again)
+        job = self.passed(job, steps)
+        if again is None:
+            job, steps = machine.move(job, Move.FAIL, self.now, reason=reason)
+            job = self.passed(job, steps)
+        return job
+
+    def flush(self, jobs: Iterable[Job]) -> None:
+        self.tx.save_jobs(list(jobs))
+        if self._events:
+            self.tx.add_events(self._events)
+        if self._outgoing:
+            self.tx.add_outgoing(self._outgoing)
+
+
+def _blames_host(reason: Reason) -> bool:
+    return not reason.code.startswith(NOT_THE_HOSTS_FAULT) or reason.code == "pendingGpu.timeout"
+
+
+def _machine_of(tx: Transaction, job: Job) -> str | None:
+    leases = [lease for lease in tx.leases_of(job.id) if lease.attempt == job.attempt]
+    return leases[-1].machine_id or None if leases else None
+
+
+def remember(tx: Transaction, machine_id: str, now: datetime, *, bad: str = "") -> None:
+    """Add an outcome to a machine's record; `bad` is the reason's code, empty for a good one."""
+    record = tx.host(machine_id) or HostRecord(machine_id=machine_id)
+    known = {name: getattr(record, name) for name in ("boot_s", "download_mbps", "steps_per_s")}
+    tx.save_host(
+        HostRecord(
+            machine_id=machine_id,
+            good=record.good + (not bad),
+            bad=record.bad + bool(bad),
+            last_failed_at=now if bad else record.last_failed_at,
+            last_reason=bad or record.last_reason,
+            **known,
+        )
+    )
+
+
+# --- the agent's reports ----------------------------------------------------------------------
+
+
+def take_reports(
+    tx: Transaction, reports: Sequence[Report], now: datetime, rules: Policy = policy.DEFAULT
+) -> list[Taken]:
+    """Apply a group of verified reports, in the order given. Duplicates do nothing."""
+    known = tx.known_reports([report.webhook_id for report in reports])
+    pen = _Pen(tx, now, rules)
+    jobs = tx.jobs({report.job for report in reports}, lock=True)
+    touched: set[str] = set()
+    outcomes: list[tuple[Outcome, tuple[Order, ...]]] = []
+    for report in reports:
+        job = jobs.get(report.job)
+        if job is None:
+            outcomes.append((Outcome.UNKNOWN_JOB, ()))
+        elif report.webhook_id in known:
+            over = report.attempt != job.attempt or not job.active
+            outcomes.append((Outcome.STALE if over else Outcome.DUPLICATE, ()))
+        else:
+            job, outcome, orders = _take(pen, job, report)
+            outcomes.append((outcome, orders))
+            if outcome is Outcome.APPLIED:
+                known.add(report.webhook_id)
+                touched.add(job.id)
+                jobs[job.id] = job
+    pen.flush(jobs[job_id] for job_id in sorted(touched))
+    return [
+        Taken(outcome, orders, pen.wake(report.job) if outcome is Outcome.APPLIED else ())
+        for (outcome, orders), report in zip(outcomes, reports, strict=True)
+    ]
+
+
+def _take(pen: _Pen, job: Job, report: Report) -> tuple[Job, Outcome, tuple[Order, ...]]:
+    learnt, steps, effect = machine.learn(job, report.type, report.attempt, pen.now)
+    if effect is Effect.STALE:
+        return job, Outcome.STALE, ()
+    first_word = job.last_heard_at is None
+    orders = tuple(Order(item) for item in job.orders)
+    job = learnt.evolve(last_heard_at=pen.now, orders=())
+    job = pen.note(job, str(report.type), report.data, report)
+    job = _keep_progress(pen, job, report)
+    job = pen.passed(job, steps)
+    if first_word:
+        _note_boot(pen, job)
+    if first_word or not steps:
+        job = job.evolve(due_at=_earlier(job.due_at, policy.next_look(job, pen.rules)))
+    if report.type is Fact.ERROR:
+        job = pen.stall(job, _reason(report.data))
+        orders = (Order.STOP,)
+    elif policy.to_verify(job):
+        pen._wake.setdefault(job.id, set()).add("verify")
+        job = job.evolve(due_at=pen.now)
+    elif report.type is Fact.TRAINING_PROGRESS:
+        job = _relay_progress(pen, job)
+    elif report.type is Fact.TRAINING_SAMPLE:
+        job = pen.owe(job, "job.sample", {"sample": dict(report.data)})
+    return job, Outcome.APPLIED, orders
+
+
+def _earlier(one: datetime | None, other: datetime | None) -> datetime | None:
+    return min((at for at in (one, other) if at is not None), default=None)
+
+
+def _keep_progress(pen: _Pen, job: Job, report: Report) -> Job:
+    key = PROGRESS_KEYS.get(report.type)
+    if key is None:
+        return job
+    # Series points live in the events; the job keeps only the latest values.
+    latest = {name: value for name, value in report.data.items() if name != "points"}
+    merged = {**job.progress.get(key, {}), **latest}
+    return job.evolve(progress={**job.progress, key: merged})
+
+
+def _note_boot(pen: _Pen, job: Job) -> None:
+    for lease in pen.tx.leases_of(job.id):
+        if lease.attempt == job.attempt and lease.open and lease.ready_at is None:
+            pen.tx.save_lease(lease.evolve(ready_at=pen.now))
+
+
+def _reason(data: Mapping[str, Any]) -> Reason:
+    return Reason(
+        code=str(data.get("code") or "agent.error")[:100],
+        message=str(data.get("message") or "the agent reported an error without a message")[:2000],
+        retryable=bool(data.get("retryable", True)),
+    )
+
+
+def _relay_progress(pen: _Pen, job: Job) -> Job:
+    """Owe a `job.progress`: on whole per cents, and not more often than the policy says."""
+    training = job.progress.get("training", {})
+    step, total = training.get("step"), training.get("total")
+    if not isinstance(step, int) or not isinstance(total, int) or total < 1:
+        return job
+    percent = 100 * step // total
+    last = job.progress.get("relayed", {})
+    soon = pen.now.timestamp() - last.get("at", 0.0) < pen.rules.progress_pause.total_seconds()
+    if soon or percent == last.get("percent"):
+        return job
+    relayed = {"at": pen.now.timestamp(), "percent": percent}
+    job = job.evolve(progress={**job.progress, "relayed": relayed})
+    return pen.owe(job, "job.progress", {"progress": dict(training)})
+
+
+# --- the server's own moves -------------------------------------------------------------------
+
+
+def create_job(
+    tx: Transaction,
+    request: JobRequest,
+    *,
+    owner: str,
+    now: datetime,
+    job_id: str,
+    webhook_secrets: Sequence[Secret] = (),
+    rules: Policy = policy.DEFAULT,
+) -> Job:
+    """Store a new job; with a ready dataset it starts as `pendingGpu` at once.
+
+    Raises:
+        NotFound: no such dataset.
+        Conflict: the dataset was refused.
+    """
+    dataset = tx.dataset(request.dataset_id, lock=True)
+    if dataset.status is DatasetStatus.REFUSED:
+        raise Conflict(f"dataset {dataset.id} has no usable image; see its report")
+    deadline = now + rules.deadlines[Status.PENDING]
+    job = Job(
+        id=job_id,
+        owner=owner,
+        request=request,
+        created_at=now,
+        entered_at=now,
+        deadline_at=deadline,
+        due_at=deadline,
+    )
+    tx.add_job(job, webhook_secrets=webhook_secrets)
+    pen = _Pen(tx, now, rules)
+    job = pen.note(job, "job.created", {"dataset": request.dataset_id, "base": request.base})
+    if dataset.status is DatasetStatus.READY:
+        job, steps = machine.move(job, Move.DATASET_READY, now)
+        job = pen.passed(job, steps)
+    pen.flush([job])
+    return job
+
+
+def seal(tx: Transaction, dataset_id: str, now: datetime) -> Dataset:
+    """No more uploads; the zip is to be built. Sealing twice is harmless. Raises: NotFound."""
+    dataset = tx.dataset(dataset_id, lock=True)
+    if dataset.status is DatasetStatus.OPEN:
+        dataset = dataset.evolve(status=DatasetStatus.BUILDING, due_at=now)
+        tx.save_dataset(dataset)
+    return dataset
+
+
+def dataset_built(
+    tx: Transaction, dataset: Dataset, now: datetime, rules: Policy = policy.DEFAULT
+) -> list[Job]:
+    """Store a dataset that is now ready or refused, and move the jobs that waited for it."""
+    tx.save_dataset(dataset.evolve(due_at=None))
+    waiting = tx.list_jobs(dataset=dataset.id, statuses=[Status.PENDING], limit=10_000)
+    jobs = tx.jobs([job.id for job in waiting], lock=True)
+    pen = _Pen(tx, now, rules)
+    moved: list[Job] = []
+    for job in jobs.values():
+        if job.status is not Status.PENDING:
+            continue
+        if dataset.status is DatasetStatus.READY:
+            job, steps = machine.move(job, Move.DATASET_READY, now)
+            moved.append(pen.passed(job, steps))
+        else:
+            message = str(dataset.report.get("message", "no usable image in the dataset"))
+            reason = Reason(code="dataset.refused", message=message, retryable=False)
+            moved.append(pen.stall(job, reason))
+    pen.flush(moved)
+    return moved
+
+
+def stall(
+    tx: Transaction, job_id: str, reason: Reason, now: datetime, rules: Policy = policy.DEFAULT
+) -> Job:
+    """Stall a job. Raises: NotFound, IllegalMove (it is stalled or over already)."""
+    job = tx.job(job_id, lock=True)
+    pen = _Pen(tx, now, rules)
+    job = pen.stall(job, reason)
+    pen.flush([job])
+    return job
+
+
+def verified(
+    tx: Transaction, job_id: str, attempt: int, now: datetime, rules: Policy = policy.DEFAULT
+) -> Job:
+    """The uploaded weights of `attempt` are what the agent said. Raises: NotFound, IllegalMove."""
+    job = tx.job(job_id, lock=True)
+    if job.attempt != attempt:
+        raise IllegalMove(f"job {job.id}", f"weights.verified of attempt {attempt}", job.status)
+    pen = _Pen(tx, now, rules)
+    job, steps = machine.move(job, Move.WEIGHTS_VERIFIED, now)
+    job = pen.passed(job, steps)
+    if job.status is Status.COMPLETED and (machine_id := _machine_of(tx, job)):
+        remember(tx, machine_id, now)
+    pen.flush([job])
+    return job
+
+
+def cancel(tx: Transaction, job_id: str, now: datetime, rules: Policy = policy.DEFAULT) -> Job:
+    """Cancel a job; again is harmless. Raises: NotFound, IllegalMove (completed or failed)."""
+    job = tx.job(job_id, lock=True)
+    if job.status is Status.CANCELLED:
+        return job
+    pen = _Pen(tx, now, rules)
+    job, steps = machine.move(job, Move.CANCEL, now)
+    job = pen.passed(job, steps)
+    pen.flush([job])
+    return job
+
+
+def retry(tx: Transaction, job_id: str, now: datetime, rules: Policy = policy.DEFAULT) -> Job:
+    """Start the next attempt of a stalled job now. Raises: NotFound, IllegalMove."""
+    job = tx.job(job_id, lock=True)
+    pen = _Pen(tx, now, rules)
+    job, steps = machine.move(job, Move.RETRY, now)
+    job = pen.passed(job, steps)
+    pen.flush([job])
+    return job
+
+
+def order(tx: Transaction, job_id: str, what: Order, now: datetime) -> Job:
+    """Give the agent an order with its next report. Raises: NotFound, IllegalMove."""
+    job = tx.job(job_id, lock=True)
+    if job.status is not Status.TRAINING:
+        raise IllegalMove(f"job {job.id}", str(what), job.status)
+    if what not in job.orders:
+        job = job.evolve(orders=(*job.orders, str(what)))
+        tx.save_job(job)
+    return job
+
+
+def wakes(job: Job) -> tuple[str, ...]:
+    """The tasks that a job as it now stands may need; waking one too many is harmless."""
+    if job.status is Status.PENDING_GPU:
+        return ("allocate", "relay")
+    if policy.to_verify(job):
+        return ("verify", "relay")
+    return ("deallocate", "relay") if not job.active else ("relay",)
