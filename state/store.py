@@ -57,6 +57,9 @@ class Transaction(Protocol):
     ) -> list[Job]:
         """Newest id first, those with an id below `before`."""
 
+    def count_jobs(self) -> dict[Status, int]:
+        """How many jobs stand in each status; a status without any may be missing."""
+
     def claim_due_jobs(self, now: datetime, until: datetime, limit: int) -> list[Job]:
         """Jobs with `due_at <= now`, oldest due first; their stored `due_at` becomes `until`,
         so that no other worker takes them meanwhile (values returned show the new `due_at`)."""
@@ -91,7 +94,11 @@ class Transaction(Protocol):
     def add_events(self, events: Sequence[Event]) -> list[bool]:
         """Which of them were new: a known (job, attempt, agent_seq) or webhook_id adds nothing."""
 
-    def events(self, job_id: str, *, after: int = 0, limit: int = 100) -> list[Event]: ...
+    def events(
+        self, job_id: str, *, after: int = 0, limit: int = 100, type: str | None = None
+    ) -> list[Event]:
+        """By seq, those above `after`; with `type`, only those of it."""
+
 
     def known_reports(self, webhook_ids: Collection[str]) -> set[str]:
         """Those of `webhook_ids` that are stored already."""
