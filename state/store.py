@@ -99,7 +99,6 @@ class Transaction(Protocol):
     ) -> list[Event]:
         """By seq, those above `after`; with `type`, only those of it."""
 
-
     def known_reports(self, webhook_ids: Collection[str]) -> set[str]:
         """Those of `webhook_ids` that are stored already."""
 
