@@ -1,0 +1,271 @@
+"""Renting a GPU for a job, so that at every line somebody owns what may be billing.
+
+Who owns the instance if the process dies
+  before `_intend` commits            nobody needs to: nothing was asked for
+  between intent and create           the lease row (`intended`): `settle` finds nothing, closes it
+  during or after create              the lease row: `settle` finds the instance by its label
+  after `_rented` commits             the lease row, with the id
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from infra.provider import LaunchSpec, Provider
+from state import policy
+from state.errors import AccountFault, NotFound, ProviderError, Refused, Throttled
+from state.events import Attempt
+from state.job import Job, Reason
+from state.lease import Lease, LeaseStatus
+from state.offer import Offer
+from state.policy import Budget, Policy, Step
+from state.record import rfc3339
+from state.store import Store, Transaction
+
+#: How many offers one pass may try: each is one create call that was clearly refused.
+MAX_OFFERS_PER_PASS = 5
+#: A create call that has not been heard of for so long belongs to a process that died.
+CREATE_SPAN = timedelta(seconds=60)
+TOKEN_SPAN = timedelta(minutes=30)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Terms:
+    """What renting needs to know of this installation. Limits are micro-USD, 0 is none."""
+
+    deployment: str
+    image: str
+    public_url: str
+    onstart: str
+    per_hour_limit: int = 0
+    per_day_limit: int = 0
+    #: Stops renting; never stops releasing.
+    kill_switch: bool = False
+
+    def label(self, job: Job) -> str:
+        """Unique for each create call; begins with what the sweep calls ours."""
+        return f"{self.deployment}/{job.id}/{job.attempt}-{secrets.token_hex(4)}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Renter:
+    """Rents for jobs. Everything that it talks to is handed in."""
+
+    store: Store
+    provider: Provider
+    terms: Terms
+    clock: Callable[[], datetime]
+    rules: Policy = policy.DEFAULT
+
+    def allocate(self, job_id: str) -> Lease | None:
+        """Rent a GPU if the job needs one now; the lease, or None when nothing was rented.
+
+        Whatever stands in the way is written on the job (`progress.gpu_search`), with the time
+        of the next try. Raises `Unknown` only after the lease says so too.
+        """
+        with self.store.transaction() as tx:
+            try:
+                job = tx.job(job_id)
+            except NotFound:
+                return None
+            if not self._wanted(tx, job):
+                return None
+            hosts = {record.machine_id: record for record in tx.hosts()}
+        if self.terms.kill_switch:
+            self._wait(job_id, "renting is switched off by the operator")
+            return None
+        try:
+            offers = self.provider.offers(job.request.gpu)
+        except ProviderError as error:
+            self._wait(job_id, f"the market could not be asked: {error}")
+            return None
+        ranked = policy.rank(
+            offers,
+            policy.Workload(),
+            excluded=job.excluded_machines,
+            hosts=hosts,
+            now=self.clock(),
+            policy=self.rules,
+        )
+        if not ranked:
+            self._wait(job_id, _nothing_fits(job, offers))
+            return None
+        return self._try_offers(job_id, ranked)
+
+    def _try_offers(self, job_id: str, ranked: Sequence[Offer]) -> Lease | None:
+        refusals: list[str] = []
+        for offer in ranked[:MAX_OFFERS_PER_PASS]:
+            intended = self._intend(job_id, offer)
+            if intended is None:
+                return None
+            lease, token = intended
+            try:
+                instance_id = self.provider.create(offer, self._launch(lease, token, offer))
+            except Refused as error:
+                self._refused(lease, error)
+                refusals.append(f"{offer.gpu_name} on machine {offer.machine_id}: {error}")
+                if isinstance(error, (AccountFault, Throttled)):
+                    # No other offer would fare better now.
+                    pause = error.retry_after if isinstance(error, Throttled) else None
+                    self._wait(job_id, str(error), pause=pause)
+                    return None
+            except ProviderError as error:
+                self._unknown(lease, error)
+                return None
+            else:
+                return self._rented(lease, instance_id)
+        self._wait(job_id, f"all offers were refused ({'; '.join(refusals)})")
+        return None
+
+    def _wanted(self, tx: Transaction, job: Job) -> bool:
+        """Whether `job` needs a machine and has none, not even perhaps."""
+        if policy.decide(job, self.clock(), self.rules).step is not Step.ALLOCATE:
+            return False
+        return not any(lease.open for lease in tx.leases_of(job.id))
+
+    def _intend(self, job_id: str, offer: Offer) -> tuple[Lease, str] | None:
+        """Write down that `offer` is about to be rented; None when it may not be."""
+        now = self.clock()
+        with self.store.transaction() as tx:
+            # One at a time through here: budgets are sums over all leases.
+            tx.lock("rent")
+            job = tx.job(job_id, lock=True)
+            if not self._wanted(tx, job):
+                return None
+            spent = tx.spend_of(job.id)
+            hours = policy.lease_hours(job, spent, offer.price, self.rules)
+            budget = Budget(
+                per_hour=self.terms.per_hour_limit,
+                per_day=self.terms.per_day_limit,
+                spent_hour=tx.spend_since(now - timedelta(hours=1)),
+                spent_day=tx.spend_since(now - timedelta(days=1)),
+                reserved=tx.reserved(),
+            )
+            reason = policy.over_budget(job, spent, offer.price, hours, budget)
+            if reason is not None:
+                self._explain(tx, job, reason, now)
+                return None
+            lease = Lease(
+                id=f"lease_{secrets.token_hex(8)}",
+                job=job.id,
+                attempt=job.attempt,
+                label=self.terms.label(job),
+                created_at=now,
+                expires_at=now + timedelta(hours=hours),
+                offer_id=offer.id,
+                machine_id=offer.machine_id,
+                gpu_name=offer.gpu_name,
+                geo=offer.geo,
+                price=offer.price,
+                storage_price=offer.storage_price,
+                due_at=now + CREATE_SPAN,
+                why="a GPU is being rented",
+            )
+            tx.add_lease(lease)
+            token = secrets.token_urlsafe(32)
+            self._admit(tx, job, token, now)
+            return lease, token
+
+    def _admit(self, tx: Transaction, job: Job, token: str, now: datetime) -> None:
+        """The token is all that the machine will be given; its hash is all that we keep."""
+        hashed = hashlib.sha256(token.encode()).hexdigest()
+        fresh = Attempt(
+            job=job.id,
+            number=job.attempt,
+            created_at=now,
+            token_hash=hashed,
+            token_expires_at=now + TOKEN_SPAN,
+        )
+        try:
+            tx.attempt(job.id, job.attempt, lock=True)
+        except NotFound:
+            tx.add_attempt(fresh)
+        else:
+            tx.save_attempt(fresh)
+
+    def _launch(self, lease: Lease, token: str, offer: Offer) -> LaunchSpec:
+        return LaunchSpec(
+            label=lease.label,
+            image=self.terms.image,
+            disk_gb=40.0 if offer.disk_gb >= 40 else offer.disk_gb,
+            onstart=self.terms.onstart,
+            env={"STOKER_URL": self.terms.public_url, "STOKER_TOKEN": token},
+        )
+
+    def _rented(self, lease: Lease, instance_id: str) -> Lease:
+        """Put the id on disk, also when the job was cancelled meanwhile."""
+        now = self.clock()
+        with self.store.transaction() as tx:
+            lease = rented(tx, tx.lease(lease.id, lock=True), instance_id, now)
+            job = tx.job(lease.job, lock=True)
+            search = f"rented {lease.gpu_name} on machine {lease.machine_id} at {rfc3339(now)}"
+            tx.save_job(_with_search(job, search).evolve(due_at=policy.next_look(job, self.rules)))
+        return lease
+
+    def _refused(self, lease: Lease, error: Refused) -> None:
+        now = self.clock()
+        with self.store.transaction() as tx:
+            lease = tx.lease(lease.id, lock=True)
+            if error.instance_id:
+                # Refused, and yet an instance was named: it may be billing.
+                changes = {"instance_id": error.instance_id, "rented_at": now, "due_at": now}
+                tx.save_lease(lease.to(LeaseStatus.RELEASING, why=str(error), **changes))
+            elif lease.open:
+                closed = {"released_at": now, "due_at": None, "why": f"refused: {error}"}
+                tx.save_lease(lease.to(LeaseStatus.RELEASED, **closed))
+
+    def _unknown(self, lease: Lease, error: ProviderError) -> None:
+        now = self.clock()
+        with self.store.transaction() as tx:
+            lease = tx.lease(lease.id, lock=True)
+            if lease.status is LeaseStatus.INTENDED:
+                lease = lease.to(LeaseStatus.UNKNOWN)
+            known = error.instance_id or lease.instance_id
+            why = f"the create call had no clear answer: {error}"
+            tx.save_lease(lease.evolve(instance_id=known, due_at=now, why=why))
+
+    def _wait(self, job_id: str, why: str, *, pause: float | None = None) -> None:
+        now = self.clock()
+        with self.store.transaction() as tx:
+            job = tx.job(job_id, lock=True)
+            if self._wanted(tx, job):
+                self._explain(tx, job, Reason(code="gpu.none", message=why), now, pause=pause)
+
+    def _explain(
+        self, tx: Transaction, job: Job, reason: Reason, now: datetime, pause: float | None = None
+    ) -> None:
+        """Say on the job why there is no GPU yet, and when we look again."""
+        span = self.rules.offer_pause if pause is None else timedelta(seconds=pause)
+        again = now + span
+        if job.deadline_at is not None:
+            again = min(again, job.deadline_at)
+        tx.save_job(_with_search(job, reason.message).evolve(due_at=again))
+
+
+def rented(tx: Transaction, lease: Lease, instance_id: str, now: datetime) -> Lease:
+    """Record the id of a lease's instance; one that is being released stays so, due at once."""
+    changes: Mapping[str, object] = {"instance_id": instance_id, "rented_at": now}
+    if lease.status is LeaseStatus.RELEASING:
+        lease = lease.evolve(**changes, due_at=now, tries=0, absent=0)
+    else:
+        why = "its job is running on it"
+        lease = lease.to(LeaseStatus.RENTED, **changes, due_at=lease.expires_at, why=why)
+    tx.save_lease(lease)
+    return lease
+
+
+def _with_search(job: Job, words: str) -> Job:
+    return job.evolve(progress={**job.progress, "gpu_search": words})
+
+
+def _nothing_fits(job: Job, offers: Sequence[Offer]) -> str:
+    needs = job.request.gpu
+    wanted = f"{needs.min_vram_gb:g} GB VRAM at most {policy.dollars(needs.max_price)}/h"
+    names = f" ({', '.join(needs.gpu_names)})" if needs.gpu_names else ""
+    if offers:
+        return f"{len(offers)} offers meet the needs, but each machine failed a job before"
+    return f"no offer meets the needs: {wanted}{names}, reliability {needs.min_reliability:g}"

@@ -1,0 +1,315 @@
+"""From uploaded photographs to the dataset zip: check every image, keep the good, say why not.
+
+Nothing of the customer's naming reaches a file system: entries get names of our own making.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import lzma
+import re
+import stat
+import tempfile
+import warnings
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+
+from infra.storage import Storage
+from PIL import Image, UnidentifiedImageError
+
+from state import policy, record
+from state.errors import NotFound
+from state.events import Dataset, DatasetStatus
+from state.policy import Policy
+from state.store import Store
+
+FORMATS = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "BMP": ".bmp", "TIFF": ".tif"}
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
+MAX_PIXELS = 100_000_000
+MIN_SIDE = 64
+SMALL_SIDE = 256
+#: Limits of an uploaded zip, counted on the bytes that really come out.
+MAX_ENTRIES = 10_000
+MAX_BYTES = 5 * 2**30
+MAX_RATIO = 100
+MAX_CAPTION = 8_192
+_CHUNK = 1 << 20
+#: What `zipfile` and its decompressors raise on damaged or unsupported entries.
+_BROKEN_ENTRY = (
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    EOFError,
+    OSError,
+    RuntimeError,
+    ValueError,
+)
+
+
+class DatasetRefused(Exception):
+    """The dataset as a whole cannot be used; the text is for the customer."""
+
+
+def upload_key(dataset_id: str, index: int) -> str:
+    """Where the customer PUTs the file number `index` of a dataset."""
+    return f"datasets/{dataset_id}/uploads/{index:05d}"
+
+
+def zip_key(dataset_id: str) -> str:
+    return f"datasets/{dataset_id}/dataset.zip"
+
+
+@dataclass
+class Sheet:
+    """What became of each file."""
+
+    kept: list[dict[str, Any]] = field(default_factory=list)
+    warned: list[dict[str, str]] = field(default_factory=list)
+    refused: list[dict[str, str]] = field(default_factory=list)
+
+    def refuse(self, name: str, why: str) -> None:
+        self.refused.append({"name": name, "why": why})
+
+    def warn(self, name: str, why: str) -> None:
+        self.warned.append({"name": name, "why": why})
+
+    def to_dict(self, message: str = "") -> dict[str, Any]:
+        report = {"kept": self.kept, "warned": self.warned, "refused": self.refused}
+        return {**report, "message": message} if message else report
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetBuilder:
+    store: Store
+    storage: Storage
+    clock: Callable[[], datetime]
+    rules: Policy = policy.DEFAULT
+
+    def build(self, dataset_id: str) -> list[str]:
+        """Build the zip of a sealed dataset; ids of the jobs that it moved.
+
+        Building twice is harmless: the zip's key is fixed and its bytes depend on the images
+        alone. Storage that cannot be reached raises, and the dataset stays due.
+        """
+        with self.store.transaction() as tx:
+            try:
+                dataset = tx.dataset(dataset_id)
+            except NotFound:
+                return []
+        if dataset.status is not DatasetStatus.BUILDING:
+            return []
+        with tempfile.TemporaryDirectory(prefix="stoker-dataset-") as folder:
+            built = self._built(dataset, Path(folder))
+        now = self.clock()
+        with self.store.transaction() as tx:
+            if tx.dataset(dataset_id, lock=True).status is not DatasetStatus.BUILDING:
+                return []
+            jobs = record.dataset_built(tx, built, now, self.rules)
+        self.storage.delete_prefix(f"datasets/{dataset_id}/uploads/")
+        return [job.id for job in jobs]
+
+    def _built(self, dataset: Dataset, folder: Path) -> Dataset:
+        sheet = Sheet()
+        target = folder / "dataset.zip"
+        try:
+            with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as out:
+                _pack(self._uploads(dataset, folder, sheet), out, sheet)
+            if not sheet.kept:
+                raise DatasetRefused(_nothing_kept(sheet))
+        except DatasetRefused as refusal:
+            report = sheet.to_dict(str(refusal))
+            return dataset.evolve(status=DatasetStatus.REFUSED, report=report)
+        with target.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        key = zip_key(dataset.id)
+        self.storage.put_file(key, target, content_type="application/zip")
+        return dataset.evolve(
+            status=DatasetStatus.READY,
+            report=sheet.to_dict(),
+            zip_key=key,
+            zip_bytes=target.stat().st_size,
+            zip_sha256=digest,
+        )
+
+    def _uploads(
+        self, dataset: Dataset, folder: Path, sheet: Sheet
+    ) -> Iterator[tuple[str, IO[bytes]]]:
+        """Every file of the dataset as (name, stream); a zip's entries one by one."""
+        for index, announced in enumerate(dataset.files):
+            name = str(announced.get("name", index))
+            local = folder / "upload"
+            try:
+                self.storage.get_file(upload_key(dataset.id, index), local)
+            except NotFound:
+                sheet.refuse(name, "was announced but never uploaded")
+                continue
+            why = _differs(local, announced)
+            if why:
+                sheet.refuse(name, why)
+            elif name.lower().endswith(".zip"):
+                yield from _entries(local, name)
+            else:
+                with local.open("rb") as stream:
+                    yield name, stream
+            local.unlink(missing_ok=True)
+
+
+def _differs(local: Path, announced: Mapping[str, Any]) -> str:
+    """How an upload differs from what was announced; empty when it does not."""
+    size, wanted = local.stat().st_size, announced.get("bytes")
+    if wanted is not None and size != wanted:
+        return f"has {size} bytes, announced were {wanted}: the upload was cut or changed"
+    if digest := announced.get("sha256"):
+        with local.open("rb") as stream:
+            if hashlib.file_digest(stream, "sha256").hexdigest() != str(digest).lower():
+                return "has another SHA-256 than announced"
+    return ""
+
+
+def _entries(path: Path, name: str) -> Iterator[tuple[str, IO[bytes]]]:
+    """The files in a customer's zip. Raises DatasetRefused for anything unsafe in it."""
+    try:
+        archive = zipfile.ZipFile(path)
+    except (zipfile.BadZipFile, OSError, ValueError) as error:
+        raise DatasetRefused(f"{name} is not a readable zip ({error})") from None
+    with archive:
+        infos = archive.infolist()
+        if len(infos) > MAX_ENTRIES:
+            raise DatasetRefused(f"{name} has {len(infos)} entries; at most {MAX_ENTRIES} are read")
+        _check_names(name, infos)
+        budget = min(MAX_BYTES, MAX_RATIO * max(path.stat().st_size, 1 << 20))
+        for info in infos:
+            if info.is_dir() or _is_litter(info.filename):
+                continue
+            with tempfile.TemporaryFile() as held:
+                budget -= _copy(archive, info, held, budget, name)
+                held.seek(0)
+                yield info.filename, held
+
+
+def _check_names(name: str, infos: list[zipfile.ZipInfo]) -> None:
+    seen: set[str] = set()
+    for info in infos:
+        entry = PurePosixPath(info.filename.replace("\\", "/"))
+        if entry.is_absolute() or ".." in entry.parts or re.match(r"^[A-Za-z]:", info.filename):
+            raise DatasetRefused(f"{name} holds {info.filename!r}, a path that leads outside it")
+        kind = stat.S_IFMT(info.external_attr >> 16)
+        if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+            raise DatasetRefused(f"{name} holds {info.filename!r}, a link or special file")
+        if info.filename in seen:
+            raise DatasetRefused(f"{name} holds {info.filename!r} twice")
+        if info.flag_bits & 0x1:
+            raise DatasetRefused(f"{name} is encrypted")
+        seen.add(info.filename)
+
+
+def _copy(
+    archive: zipfile.ZipFile, info: zipfile.ZipInfo, out: IO[bytes], budget: int, name: str
+) -> int:
+    """Unpack one entry into `out`, never more than `budget` bytes."""
+    written = 0
+    try:
+        with archive.open(info) as source:
+            while chunk := source.read(_CHUNK):
+                written += len(chunk)
+                if written > budget:
+                    raise DatasetRefused(f"{name} unpacks to far more than a photo album: refused")
+                out.write(chunk)
+    except _BROKEN_ENTRY as error:
+        raise DatasetRefused(f"{name}: {info.filename!r} cannot be unpacked ({error})") from None
+    return written
+
+
+def _is_litter(filename: str) -> bool:
+    """What macOS and file managers leave in zips."""
+    parts = PurePosixPath(filename).parts
+    return "__MACOSX" in parts or parts[-1].startswith(".") or parts[-1] == "Thumbs.db"
+
+
+def _pack(files: Iterator[tuple[str, IO[bytes]]], out: zipfile.ZipFile, sheet: Sheet) -> None:
+    """Write checked images and their captions into `out`, under names of our own."""
+    captions: dict[str, tuple[str, str]] = {}
+    stems: dict[str, str] = {}
+    digests: dict[str, str] = {}
+    for name, stream in files:
+        path = PurePosixPath(name)
+        if path.suffix.lower() == ".txt":
+            text = stream.read(MAX_CAPTION + 1).decode("utf-8", "replace").strip()
+            captions[str(path.with_suffix(""))] = (name, text[:MAX_CAPTION])
+            continue
+        image = _look_at(name, stream, sheet)
+        if image is None:
+            continue
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        stream.seek(0)
+        if digest in digests:
+            sheet.warn(name, f"is the same picture as {digests[digest]}; kept once")
+            continue
+        digests[digest] = name
+        stem = f"{len(stems):05d}"
+        stems[str(path.with_suffix(""))] = stem
+        suffix, width, height = image
+        _write(out, stem + suffix, stream)
+        sheet.kept.append({"name": name, "as": stem + suffix, "width": width, "height": height})
+    for key, (name, text) in sorted(captions.items()):
+        if key in stems:
+            out.writestr(_info(stems[key] + ".txt"), text)
+        else:
+            sheet.warn(name, "is a caption without an image of the same name")
+
+
+def _look_at(name: str, stream: IO[bytes], sheet: Sheet) -> tuple[str, int, int] | None:
+    """Decode an image fully; its suffix, width and height in pixels, or None when refused."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of what is refused below by size
+            with Image.open(stream) as image:
+                kind, (width, height) = image.format or "", image.size
+                if kind not in FORMATS:
+                    sheet.refuse(name, f"is {kind}; use JPEG, PNG, WebP, BMP or TIFF")
+                    return None
+                if width * height > MAX_PIXELS:
+                    sheet.refuse(name, f"has {width}x{height} pixels; at most 100 million")
+                    return None
+                image.load()
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        sheet.refuse(name, _why_no_image(name))
+        return None
+    finally:
+        stream.seek(0)
+    if min(width, height) < MIN_SIDE:
+        sheet.refuse(name, f"is only {width}x{height} pixels; at least {MIN_SIDE} on each side")
+        return None
+    if min(width, height) < SMALL_SIDE:
+        sheet.warn(name, f"is only {width}x{height} pixels; {SMALL_SIDE} and more train better")
+    return FORMATS[kind], width, height
+
+
+def _why_no_image(name: str) -> str:
+    if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES:
+        return "is no image, whatever its name says, or is damaged"
+    return "is no image"
+
+
+def _write(out: zipfile.ZipFile, name: str, stream: IO[bytes]) -> None:
+    with out.open(_info(name), "w") as target:
+        while chunk := stream.read(_CHUNK):
+            target.write(chunk)
+
+
+def _info(name: str) -> zipfile.ZipInfo:
+    # A fixed time, so that equal images make equal zips.
+    return zipfile.ZipInfo(name, date_time=(2020, 1, 1, 0, 0, 0))
+
+
+def _nothing_kept(sheet: Sheet) -> str:
+    if not sheet.refused:
+        return "the dataset has no image"
+    first = sheet.refused[0]
+    more = f" (and {len(sheet.refused) - 1} more)" if len(sheet.refused) > 1 else ""
+    return f"no usable image: {first['name']} {first['why']}{more}"

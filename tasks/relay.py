@@ -1,0 +1,147 @@
+"""From the outbox to the customer's webhook: at least once, in order within a job.
+
+A row is claimed (its due time moved ahead) before it is sent, so two relays do not send the same
+row at once; a relay that dies leaves the row due again when its claim runs out.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
+from typing import Protocol
+
+from gpu_agent import wire
+from state.errors import NotFound
+from state.events import Delivery, Outgoing, OutgoingStatus
+from state.job import Job
+from state.store import Store
+
+#: Pauses before the second, third … try (the Standard Webhooks schedule, 75.6 h in all).
+SCHEDULE_S = (5, 300, 1800, 7200, 18_000, 36_000, 50_400, 72_000, 86_400)
+#: A claim is longer than any send can take.
+CLAIM = timedelta(seconds=60)
+SEND_TIMEOUT_S = 15.0
+MAX_RETRY_AFTER_S = 86_400.0
+
+
+class EndpointRefused(Exception):
+    """The customer's URL may not be called (private address, wrong scheme …)."""
+
+
+class NoAnswer(Exception):
+    """The endpoint could not be reached or did not answer in time."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    status: int
+    headers: Mapping[str, str]
+
+
+class Post(Protocol):
+    """Sends `body` once. Raises: EndpointRefused, NoAnswer."""
+
+    def __call__(
+        self, url: str, *, headers: Mapping[str, str], body: bytes, timeout: float
+    ) -> Answer: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Relay:
+    store: Store
+    post: Post
+    clock: Callable[[], datetime]
+    #: For the jitter of the retry schedule.
+    random: random.Random
+
+    def relay(self, job_id: str) -> int:
+        """Send what is due for a job, oldest first, until something is not; how many went out."""
+        sent = 0
+        while (row := self._claim(job_id)) is not None:
+            if not self._send(*row):
+                break
+            sent += 1
+        return sent
+
+    def _claim(self, job_id: str) -> tuple[Job, Outgoing, list[str]] | None:
+        now = self.clock()
+        with self.store.transaction() as tx:
+            first = tx.next_outgoing(job_id)
+            if first is None:
+                return None
+            try:
+                row = tx.outgoing(first.id, lock=True)
+                job = tx.job(job_id)
+            except NotFound:
+                return None
+            if row.status is not OutgoingStatus.WAITING or row.due_at is None or row.due_at > now:
+                return None
+            row = row.evolve(due_at=now + CLAIM, tries=row.tries + 1)
+            tx.save_outgoing(row)
+            secrets = [secret.reveal() for secret in tx.webhook_secrets(job_id)]
+        return job, row, secrets
+
+    def _send(self, job: Job, row: Outgoing, secrets: list[str]) -> bool:
+        """One try; whether the row is dealt with, so that the next may go."""
+        began = self.clock()
+        body = json.dumps(row.payload, separators=(",", ":")).encode()
+        signed = wire.sign(body, secrets=secrets, webhook_id=row.id, at=began.timestamp())
+        headers = {"content-type": "application/json", "user-agent": "stoker-webhooks/1", **signed}
+        answer: Answer | None = None
+        error = ""
+        refused = False
+        try:
+            url = job.request.webhook_url or ""
+            answer = self.post(url, headers=headers, body=body, timeout=SEND_TIMEOUT_S)
+        except EndpointRefused as problem:
+            error, refused = str(problem), True
+        except NoAnswer as problem:
+            error = str(problem)
+        now = self.clock()
+        row = self._judge(row, answer, refused, now)
+        took = round((now - began).total_seconds() * 1000)
+        with self.store.transaction() as tx:
+            tx.save_outgoing(row)
+            tx.log_delivery(
+                Delivery(
+                    outgoing=row.id,
+                    job=row.job,
+                    tried_at=began,
+                    answer=answer.status if answer else 0,
+                    took_ms=took,
+                    error=error[:500],
+                )
+            )
+        return row.status is OutgoingStatus.DELIVERED
+
+    def _judge(
+        self, row: Outgoing, answer: Answer | None, refused: bool, now: datetime
+    ) -> Outgoing:
+        if answer is not None and 200 <= answer.status < 300:
+            return row.evolve(status=OutgoingStatus.DELIVERED, due_at=None)
+        if refused or (answer is not None and answer.status == 410):
+            return row.evolve(status=OutgoingStatus.DISABLED, due_at=None)
+        if row.tries > len(SCHEDULE_S):
+            return row.evolve(status=OutgoingStatus.EXHAUSTED, due_at=None)
+        pause = SCHEDULE_S[row.tries - 1] * self.random.uniform(0.9, 1.1)
+        asked = _retry_after(answer, now) if answer is not None else 0.0
+        return row.evolve(due_at=now + timedelta(seconds=max(pause, asked)))
+
+
+def _retry_after(answer: Answer, now: datetime) -> float:
+    """Seconds that a 429 or 5xx asks us to wait; 0 when it does not, or not readably."""
+    if answer.status != 429 and answer.status < 500:
+        return 0.0
+    text = answer.headers.get("retry-after", "").strip()
+    if text.isdigit():
+        return min(float(text), MAX_RETRY_AFTER_S)
+    try:
+        when = parsedate_to_datetime(text)
+    except ValueError:
+        return 0.0
+    when = when if when.tzinfo else when.replace(tzinfo=UTC)
+    return min(max(0.0, (when - now).total_seconds()), MAX_RETRY_AFTER_S)
