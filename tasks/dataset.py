@@ -245,7 +245,7 @@ def _pack(files: Iterator[tuple[str, IO[bytes]]], out: zipfile.ZipFile, sheet: S
         image = _look_at(name, stream, sheet)
         if image is None:
             continue
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        digest = hashlib.sha256(stream.read()).hexdigest()
         stream.seek(0)
         if digest in digests:
             sheet.warn(name, f"is the same picture as {digests[digest]}; kept once")

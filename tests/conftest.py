@@ -1,0 +1,37 @@
+"""Shared by all tests: a clean environment and a clock that only moves when told."""
+
+from __future__ import annotations
+
+import os
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _no_ambient_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A developer's own keys and proxies must not reach a test."""
+    for name in list(os.environ):
+        if name.startswith(("STOKER_", "VAST_", "AWS_", "S3_", "CIVITAI_", "HF_")) or (
+            name.lower() in ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
+        ):
+            monkeypatch.delenv(name)
+
+
+class ManualClock:
+    """Time as a test wants it."""
+
+    def __init__(self) -> None:
+        self.now = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)
+
+    def __call__(self) -> datetime:
+        return self.now
+
+    def advance(self, seconds: float) -> datetime:
+        self.now += timedelta(seconds=seconds)
+        return self.now
+
+
+@pytest.fixture
+def clock() -> ManualClock:
+    return ManualClock()
