@@ -1,0 +1,388 @@
+"""What an agent asks for besides reporting: itself, its job, fresh URLs. See `docs/wire.md`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from flask import Blueprint, Response, jsonify, request
+
+from gpu_agent import wire
+from orchestrator import logs
+from orchestrator.api.problems import Refusal
+from orchestrator.attempt_auth import AttemptAuth
+from orchestrator.deps import Deps
+from orchestrator.waker import Waker
+from orchestrator.webhook import read_body, signed_headers, stale
+from state import record
+from state.errors import IllegalMove, NotFound, StokerError
+from state.events import Attempt, Event, Secret
+from state.job import Job, Reason
+from state.lease import Lease
+from state.store import Transaction
+from tasks.verify import attempt_key
+
+_log = logs.logger(__name__)
+#: The same nonce within this time gets the same answer: the first one may have been lost.
+HELLO_AGAIN = timedelta(seconds=60)
+URL_SPAN_S = 3600
+MAX_FILES = 100
+MAX_FILE_BYTES = 5 * 10**9
+_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+# --- hello: a one-use token for a job spec ----------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hello:
+    """What an agent introduces itself with."""
+
+    token_hash: str
+    nonce: str
+
+    @classmethod
+    def from_bytes(cls, body: bytes) -> Hello:
+        """Raises: Refusal 422."""
+        value = _object(body)
+        token, nonce, version = (value.get(key) for key in ("token", "nonce", "version"))
+        if not isinstance(token, str) or not 1 <= len(token) <= 512:
+            raise _unclear("token")
+        if not isinstance(nonce, str) or not re.fullmatch(r"[\x21-\x7e]{8,128}", nonce):
+            raise _unclear("nonce")
+        if type(version) is not int or not 1 <= version <= wire.VERSION:
+            raise _unclear("version")
+        hashed = hashlib.sha256(token.encode("utf-8", "surrogatepass")).hexdigest()
+        return cls(token_hash=hashed, nonce=nonce)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Admission:
+    """An attempt whose agent may have its job now."""
+
+    job: Job
+    attempt: Attempt
+    lease: Lease
+    resume: tuple[tuple[str, int, str, str], ...]
+
+
+class Doorkeeper:
+    """Answers hellos."""
+
+    def __init__(self, deps: Deps, waker: Waker) -> None:
+        self._deps, self._waker = deps, waker
+
+    def hello(self, hello: Hello) -> wire.JobSpec:
+        """The job of a token.
+
+        The token is used up last: what fails before (a model's site that is down) may be asked
+        again with it.
+
+        Raises:
+            Refusal: 401 unknown, expired or used token; 410 the attempt is over; 503 the base
+                model cannot be had at the moment, or the dataset's URL not be made.
+        """
+        with self._deps.store.transaction() as tx:
+            seen = self._admit(tx, hello, lock=False)
+        with logs.bound(job=seen.job.id, attempt=seen.attempt.number):
+            base = self.base(seen.job)
+            dataset, resume = self._downloads(seen)
+            with self._deps.store.transaction() as tx:
+                secret = self._use(tx, self._admit(tx, hello, lock=True), hello)
+            _log.info("agent said hello")
+        return self._spec(seen, dataset, base, resume, secret)
+
+    def _admit(self, tx: Transaction, hello: Hello, *, lock: bool) -> Admission:
+        now = self._deps.clock()
+        attempt = tx.attempt_by_token(hello.token_hash)
+        if attempt is None:
+            raise _unknown_token()
+        # Jobs are locked before what hangs on them, here as everywhere.
+        job = tx.job(attempt.job, lock=lock)
+        attempt = tx.attempt_by_token(hello.token_hash, lock=lock)
+        if attempt is None or not _welcome(attempt, hello.nonce, now):
+            raise _unknown_token()
+        leases = [
+            item for item in tx.leases_of(job.id) if item.open and item.attempt == attempt.number
+        ]
+        if job.attempt != attempt.number or not job.active or not leases:
+            raise stale()
+        return Admission(job=job, attempt=attempt, lease=leases[-1], resume=_checkpoint(tx, job))
+
+    def refuse_stranger(self, hello: Hello) -> None:
+        """Revoke the token if it was used with another nonce: two parties know it."""
+        now = self._deps.clock()
+        with self._deps.store.transaction() as tx:
+            found = tx.attempt_by_token(hello.token_hash)
+            if found is None:
+                return
+            job = tx.job(found.job, lock=True)
+            attempt = tx.attempt_by_token(hello.token_hash, lock=True)
+            if attempt is None or attempt.hello_at is None or attempt.nonce == hello.nonce:
+                return
+            if _revoked(attempt):
+                return
+            tx.save_attempt(attempt.evolve(token_expires_at=attempt.created_at))
+            _note(tx, job, attempt.number, "agent.token_reused", now)
+        with logs.bound(job=job.id, attempt=attempt.number):
+            _log.warning("a bootstrap token came twice with different nonces; revoked")
+
+    def _use(self, tx: Transaction, seen: Admission, hello: Hello) -> str:
+        attempt, now = seen.attempt, self._deps.clock()
+        if attempt.hello_at is not None and attempt.secret is not None:
+            return attempt.secret.reveal()  # the answer to the first hello was lost
+        secret = wire.new_secret()
+        tx.save_attempt(attempt.evolve(nonce=hello.nonce, hello_at=now, secret=Secret(secret)))
+        _note(tx, seen.job, attempt.number, "agent.hello", now)
+        return secret
+
+    def base(self, job: Job) -> wire.Download:
+        try:
+            return self._deps.resolve_base(job.request)
+        except StokerError as error:
+            if getattr(error, "retryable", True):
+                raise Refusal(
+                    503,
+                    "base_unavailable",
+                    f"the base model cannot be had now: {error}",
+                    headers={"Retry-After": "10"},
+                    retryable=True,
+                ) from error
+            self._give_up(job, error)
+            raise stale() from error
+
+    def _give_up(self, job: Job, error: StokerError) -> None:
+        """No later try will find this base model: say so on the job."""
+        reason = Reason(code="model.unavailable", message=str(error), retryable=False)
+        try:
+            with self._deps.store.transaction() as tx:
+                if tx.job(job.id, lock=True).attempt != job.attempt:
+                    return
+                stalled = record.stall(tx, job.id, reason, self._deps.clock())
+        except IllegalMove:
+            return  # over already
+        self._waker(job.id, record.wakes(stalled))
+
+    def _downloads(self, seen: Admission) -> tuple[wire.Download, tuple[wire.Download, ...]]:
+        with self._deps.store.transaction() as tx:
+            dataset = _dataset_download(self._deps, tx, seen.job)
+        resume = tuple(
+            wire.Download(
+                url=self._deps.storage.presign_get(key, expires_s=URL_SPAN_S),
+                name=name,
+                bytes=size,
+                sha256=sha256,
+            )
+            for name, size, sha256, key in seen.resume
+        )
+        return dataset, resume
+
+    def _spec(
+        self,
+        seen: Admission,
+        dataset: wire.Download,
+        base: wire.Download,
+        resume: tuple[wire.Download, ...],
+        secret: str,
+    ) -> wire.JobSpec:
+        request, attempt = seen.job.request, seen.attempt.number
+        address = f"{self._deps.settings.public_url}/agent/v1/jobs/{seen.job.id}/attempts/{attempt}"
+        return wire.JobSpec(
+            job=seen.job.id,
+            attempt=attempt,
+            dataset=dataset,
+            base=base,
+            base_family=request.base_family,
+            method=request.method,
+            recipe=dict(request.recipe),
+            secret=secret,
+            report_url=f"{address}/reports",
+            files_url=f"{address}/files",
+            lease_ends_at=seen.lease.expires_at.timestamp(),
+            resume=resume,
+        )
+
+
+def _revoked(attempt: Attempt) -> bool:
+    return attempt.token_expires_at <= attempt.created_at
+
+
+def _welcome(attempt: Attempt, nonce: str, now: datetime) -> bool:
+    if attempt.hello_at is None:
+        return now < attempt.token_expires_at
+    return (
+        not _revoked(attempt) and attempt.nonce == nonce and now - attempt.hello_at <= HELLO_AGAIN
+    )
+
+
+def _unknown_token() -> Refusal:
+    return Refusal(401, "bad_token", "this token is unknown, expired or used")
+
+
+def _note(tx: Transaction, job: Job, attempt: int, kind: str, now: datetime) -> None:
+    job = job.evolve(seq=job.seq + 1)
+    tx.save_job(job)
+    tx.add_events([Event(job=job.id, seq=job.seq, attempt=attempt, type=kind, at=now)])
+
+
+def _dataset_download(deps: Deps, tx: Transaction, job: Job) -> wire.Download:
+    dataset = tx.dataset(job.request.dataset_id)
+    return wire.Download(
+        url=deps.storage.presign_get(dataset.zip_key, expires_s=URL_SPAN_S),
+        name="dataset.zip",
+        bytes=dataset.zip_bytes,
+        sha256=dataset.zip_sha256,
+    )
+
+
+def _checkpoint(tx: Transaction, job: Job) -> tuple[tuple[str, int, str, str], ...]:
+    """Name, bytes, SHA-256 and key of the files of the newest uploaded checkpoint, if any."""
+    if job.attempt == 1:
+        return ()
+    reported = tx.events(job.id, type=wire.Fact.TRAINING_CHECKPOINT.value, limit=10_000)
+    for event in reversed(reported):
+        files = event.data.get("files")
+        if not isinstance(files, list) or not files:
+            continue
+        try:
+            wanted = [_file(item) for item in files[:MAX_FILES]]
+        except Refusal:
+            continue
+        return tuple(
+            (name, size, sha256, attempt_key(job.id, event.attempt, name))
+            for name, size, sha256 in wanted
+        )
+    return ()
+
+
+# --- files: fresh URLs ------------------------------------------------------------------------
+
+
+def _object(body: bytes) -> Mapping[str, Any]:
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError):
+        raise Refusal(422, "bad_json", "the body is not JSON") from None
+    if not isinstance(value, dict):
+        raise Refusal(422, "bad_json", "the body is not a JSON object")
+    return value
+
+
+def _unclear(what: str) -> Refusal:
+    return Refusal(
+        422, "invalid", f"{what} is missing or not understood", errors=[(f"/{what}", "invalid")]
+    )
+
+
+def _file(item: object) -> tuple[str, int, str]:
+    """Raises: Refusal 422."""
+    if not isinstance(item, dict):
+        raise _unclear("put")
+    name, size, sha256 = (item.get(key) for key in ("name", "bytes", "sha256"))
+    if not isinstance(name, str) or len(name) > 200 or not _NAME.fullmatch(name):
+        raise _unclear("put/name")
+    if type(size) is not int or not 0 < size <= MAX_FILE_BYTES:
+        raise _unclear("put/bytes")
+    if not isinstance(sha256, str) or not _SHA256.fullmatch(sha256):
+        raise _unclear("put/sha256")
+    return name, size, sha256
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilesWanted:
+    """Which URLs an agent asks for."""
+
+    put: tuple[tuple[str, int, str], ...]
+    get: frozenset[str]
+
+    @classmethod
+    def from_bytes(cls, body: bytes) -> FilesWanted:
+        """Raises: Refusal 422."""
+        value = _object(body)
+        put, get = value.get("put", []), value.get("get", [])
+        if not isinstance(put, list) or len(put) > MAX_FILES:
+            raise _unclear("put")
+        if not isinstance(get, list) or not all(item in ("dataset", "base") for item in get):
+            raise _unclear("get")
+        files = tuple(_file(item) for item in put)
+        if len({name for name, _, _ in files}) != len(files):
+            raise _unclear("put")
+        return cls(put=files, get=frozenset(get))
+
+
+class FileDesk:
+    """Hands out presigned URLs to the agent of an attempt that is under way."""
+
+    def __init__(self, deps: Deps, doorkeeper: Doorkeeper) -> None:
+        self._deps, self._doorkeeper = deps, doorkeeper
+
+    def urls(self, job_id: str, number: int, wanted: FilesWanted) -> dict[str, Any]:
+        """Raises: Refusal 410 when the attempt is over, 503 when a URL cannot be made."""
+        with self._deps.store.transaction() as tx:
+            try:
+                job = tx.job(job_id)
+            except NotFound:
+                raise stale() from None
+            if job.attempt != number or not job.active:
+                raise stale()
+            dataset = _dataset_download(self._deps, tx, job) if "dataset" in wanted.get else None
+        got: dict[str, Any] = {}
+        if dataset is not None:
+            got["dataset"] = asdict(dataset)
+        if "base" in wanted.get:
+            got["base"] = asdict(self._doorkeeper.base(job))
+        return {"put": dict(self._puts(job_id, number, wanted.put)), "get": got}
+
+    def _puts(
+        self, job_id: str, number: int, files: Iterable[tuple[str, int, str]]
+    ) -> Iterable[tuple[str, dict[str, Any]]]:
+        for name, size, _ in files:
+            key = attempt_key(job_id, number, name)
+            url, headers = self._deps.storage.presign_put(key, bytes=size, expires_s=URL_SPAN_S)
+            yield name, {"url": url, "headers": dict(headers)}
+
+
+# --- routes -----------------------------------------------------------------------------------
+
+
+def agent_api(deps: Deps, auth: AttemptAuth, waker: Waker) -> Blueprint:
+    """`/agent/v1`, without the receiver of reports; not part of the public description."""
+    blueprint = Blueprint("agent", __name__, url_prefix="/agent/v1")
+    doorkeeper = Doorkeeper(deps, waker)
+    desk = FileDesk(deps, doorkeeper)
+
+    @blueprint.get("/gpu_agent.pyz")
+    def bundle() -> Response:
+        response = Response(deps.bundle.bytes, mimetype="application/octet-stream")
+        response.set_etag(deps.bundle.sha256)
+        return response
+
+    @blueprint.post("/hello")
+    def hello() -> Response:
+        said = Hello.from_bytes(read_body(request.environ))
+        try:
+            spec = doorkeeper.hello(said)
+        except Refusal as refusal:
+            if refusal.status == 401:
+                doorkeeper.refuse_stranger(said)
+            raise
+        response = Response(spec.to_bytes(), mimetype="application/json")
+        response.headers["Cache-Control"] = "no-store"
+        return response
+
+    @blueprint.post("/jobs/<job_id>/attempts/<int:number>/files")
+    def files(job_id: str, number: int) -> Response:
+        raw = read_body(request.environ)
+        auth.verify(job_id, number, raw, signed_headers(request.environ))
+        with logs.bound(job=job_id, attempt=number):
+            response = jsonify(desk.urls(job_id, number, FilesWanted.from_bytes(raw)))
+        response.headers["Cache-Control"] = "no-store"
+        return response
+
+    return blueprint

@@ -1,0 +1,74 @@
+"""API keys: `Authorization: Bearer stk_live_…`, kept as SHA-256, with scopes."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+
+from flask import g, request
+
+from orchestrator.api.problems import Refusal
+from state.store import Store
+
+READ, WRITE, OPERATOR = "jobs:read", "jobs:write", "operator"
+_BEARER = re.compile(r"bearer +(stk_(?:live|test)_[A-Za-z0-9_-]{16,128})", re.IGNORECASE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Caller:
+    """Who asks. An operator has every scope and sees every owner's things."""
+
+    owner: str
+    scopes: frozenset[str]
+
+    @property
+    def operator(self) -> bool:
+        return OPERATOR in self.scopes
+
+    def may(self, scope: str) -> bool:
+        return self.operator or scope in self.scopes
+
+    def sees(self, owner: str) -> bool:
+        return self.operator or owner == self.owner
+
+
+def hash_of(key: str) -> str:
+    """What is kept of an API key: lower-case hex SHA-256."""
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+def authenticate(store: Store, header: str) -> Caller:
+    """The caller behind an `Authorization` header.
+
+    Raises:
+        Refusal: 401, with the same words for every unknown, malformed or revoked key.
+    """
+    found = _BEARER.fullmatch(header.strip())
+    if found is not None:
+        with store.transaction() as tx:
+            key = tx.api_key_by_hash(hash_of(found[1]))
+        if key is not None and key.revoked_at is None:
+            return Caller(owner=key.owner, scopes=key.scopes)
+    raise Refusal(
+        401, "unauthorized", "send Authorization: Bearer with an API key that is not revoked"
+    )
+
+
+def admit(store: Store) -> None:
+    """Before each request of `/v1`: GET needs `jobs:read`, everything else `jobs:write`.
+
+    Raises:
+        Refusal: 401 or 403.
+    """
+    caller = authenticate(store, request.headers.get("Authorization", ""))
+    scope = READ if request.method in ("GET", "HEAD") else WRITE
+    if not caller.may(scope):
+        raise Refusal(403, "forbidden", f"this key lacks the scope {scope}")
+    g.caller = caller
+
+
+def caller() -> Caller:
+    """Who asks, after `admit`."""
+    known: Caller = g.caller
+    return known

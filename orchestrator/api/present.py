@@ -1,0 +1,192 @@
+"""Values of `state` as the public interface shows them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from flask import Response
+
+from orchestrator.api import schemas
+from state.events import Artefact, Attempt, Dataset, Delivery, Event, Outgoing
+from state.job import Job
+from state.lease import Lease
+
+
+def dataset(value: Dataset) -> dict[str, Any]:
+    built = value.zip_bytes > 0
+    return {
+        "id": value.id,
+        "status": value.status,
+        "created_at": value.created_at,
+        "files": [
+            schemas.FileOut(name=item["name"], bytes=item["bytes"], sha256=item["sha256"])
+            for item in value.files
+        ],
+        "report": dict(value.report),
+        "zip": schemas.FileOut(name="dataset.zip", bytes=value.zip_bytes, sha256=value.zip_sha256)
+        if built
+        else None,
+    }
+
+
+def spent(lease: Lease, now: datetime) -> int:
+    """Micro-USD of one lease so far; what the ledger says once it says more than the clock."""
+    if not lease.open or lease.rented_at is None:
+        return lease.cost
+    hours = max((now - lease.rented_at).total_seconds(), 0) / 3600
+    return max(lease.cost, round(lease.price * hours))
+
+
+def _cost(job: Job, leases: Sequence[Lease], now: datetime) -> schemas.Cost:
+    so_far = sum(spent(lease, now) for lease in leases)
+    opened = [lease for lease in leases if lease.open]
+    return schemas.Cost(
+        quoted_per_hour=opened[-1].price if opened else None,
+        so_far=so_far,
+        cap=job.request.max_cost,
+        display=f"${so_far / 1_000_000:.4f}",
+    )
+
+
+def _host(job: Job, leases: Sequence[Lease]) -> schemas.Host | None:
+    mine = [lease for lease in leases if lease.attempt == job.attempt and lease.machine_id]
+    if not mine:
+        return None
+    last = mine[-1]
+    return schemas.Host(machine_id=last.machine_id, gpu=last.gpu_name, geo=last.geo)
+
+
+def job_summary(job: Job, leases: Sequence[Lease], now: datetime) -> dict[str, Any]:
+    return {
+        "id": job.id,
+        "status": job.status,
+        "stalled_from": job.stalled_from,
+        "reason": schemas.Reason(**job.reason.to_dict()) if job.reason else None,
+        "retry_at": job.retry_at,
+        "attempt": job.attempt,
+        "dataset_id": job.request.dataset_id,
+        "base": job.request.base,
+        "created_at": job.created_at,
+        "started_at": job.started_at,
+        "finished_at": job.finished_at,
+        "entered_at": job.entered_at,
+        "deadline_at": job.deadline_at,
+        "progress": {key: item for key, item in job.progress.items() if key != "relayed"},
+        "host": _host(job, leases),
+        "cost": _cost(job, leases, now),
+        "metadata": dict(job.request.metadata),
+    }
+
+
+def job(
+    value: Job,
+    leases: Sequence[Lease],
+    transitions: Iterable[Event],
+    artefacts: Iterable[Artefact],
+    now: datetime,
+) -> dict[str, Any]:
+    request = value.request
+    return {
+        **job_summary(value, leases, now),
+        "method": request.method,
+        "base_family": request.base_family,
+        "recipe": dict(request.recipe),
+        "max_attempts": request.max_attempts,
+        "webhook_url": request.webhook_url,
+        "transitions": [transition(item) for item in transitions],
+        "result_files": [artefact(item) for item in artefacts],
+    }
+
+
+def transition(event: Event) -> schemas.Transition:
+    data = event.data
+    return schemas.Transition(
+        seq=event.seq,
+        at=event.at,
+        attempt=event.attempt,
+        source=data["from"],
+        target=data["to"],
+        cause=data["cause"],
+        reason=data.get("reason"),
+    )
+
+
+def artefact(value: Artefact) -> schemas.ResultFile:
+    return schemas.ResultFile(
+        name=value.name,
+        bytes=value.bytes,
+        sha256=value.sha256,
+        attempt=value.attempt,
+        verified=value.verified,
+        expired=value.expired,
+        created_at=value.created_at,
+        url=f"/v1/jobs/{value.job}/artifacts/{value.name}",
+    )
+
+
+def event(value: Event) -> schemas.Event:
+    return schemas.Event(
+        seq=value.seq,
+        type=value.type,
+        attempt=value.attempt,
+        at=value.at,
+        data=dict(value.data),
+    )
+
+
+def attempt(value: Attempt, leases: Iterable[Lease], now: datetime) -> schemas.Attempt:
+    return schemas.Attempt(
+        number=value.number,
+        created_at=value.created_at,
+        hello_at=value.hello_at,
+        leases=[_lease(item, now) for item in leases if item.attempt == value.number],
+    )
+
+
+def _lease(value: Lease, now: datetime) -> schemas.Lease:
+    return schemas.Lease(
+        status=value.status,
+        machine_id=value.machine_id,
+        gpu=value.gpu_name,
+        geo=value.geo,
+        price_per_hour=value.price,
+        created_at=value.created_at,
+        rented_at=value.rented_at,
+        ready_at=value.ready_at,
+        released_at=value.released_at,
+        expires_at=value.expires_at,
+        cost=spent(value, now),
+        why=value.why,
+    )
+
+
+def delivery(value: Outgoing, tries: Iterable[Delivery]) -> schemas.Delivery:
+    return schemas.Delivery(
+        id=value.id,
+        seq=value.seq,
+        type=value.type,
+        status=value.status,
+        created_at=value.created_at,
+        due_at=value.due_at,
+        tries=[
+            schemas.Try(
+                tried_at=item.tried_at,
+                answer=item.answer,
+                took_ms=item.took_ms,
+                error=item.error,
+            )
+            for item in tries
+            if item.outgoing == value.id
+        ],
+    )
+
+
+def answer(
+    value: schemas.Out, status: int = 200, headers: Mapping[str, str] | None = None
+) -> Response:
+    """`value` as the JSON body of an answer."""
+    response = Response(value.model_dump_json(), status=status, mimetype="application/json")
+    response.headers.update(headers or {})
+    return response

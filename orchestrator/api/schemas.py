@@ -1,0 +1,378 @@
+"""What crosses the public interface, in both directions. Unknown fields are refused."""
+
+from __future__ import annotations
+
+import re
+from datetime import datetime
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from state.events import DatasetStatus, OutgoingStatus
+from state.job import Status
+from state.lease import LeaseStatus
+
+
+def _storable(text: str) -> str:
+    if "\x00" in text:
+        raise ValueError("holds a NUL character")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_storable)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", description="lower-case hex")]
+MicroUsd = Annotated[int, Field(description="micro-USD")]
+#: One PUT of S3 holds at most this.
+MAX_UPLOAD = 5 * 10**9
+
+
+class In(BaseModel):
+    """Base of what is sent to us."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class Out(BaseModel):
+    """Base of what we answer."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+# --- datasets ---------------------------------------------------------------------------------
+
+
+def _file_name(text: str) -> str:
+    if text in (".", "..") or re.search(r"[/\\\x00-\x1f\x7f]", text):
+        raise ValueError("must be a plain file name, without folders or control characters")
+    return text
+
+
+class FileIn(In):
+    """A photograph, or a caption beside one (`name.txt`)."""
+
+    name: Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_file_name)]
+    bytes: Annotated[int, Field(ge=1, le=MAX_UPLOAD)]
+    sha256: Sha256
+
+
+class ZipIn(In):
+    """One zip of photographs and captions."""
+
+    bytes: Annotated[int, Field(ge=1, le=MAX_UPLOAD)]
+    sha256: Sha256
+
+
+class DatasetIn(In):
+    """Either `files` or `zip`."""
+
+    files: Annotated[list[FileIn], Field(min_length=1, max_length=10_000)] | None = None
+    zip: ZipIn | None = None
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Self:
+        if (self.files is None) == (self.zip is None):
+            raise ValueError("send either files or zip")
+        names = [item.name.casefold() for item in self.files or ()]
+        if len(set(names)) != len(names):
+            raise ValueError("two files have the same name")
+        return self
+
+
+class UploadsIn(In):
+    """Whose upload URLs to renew; all when `names` is left out."""
+
+    names: Annotated[list[Text], Field(max_length=10_000)] | None = None
+
+
+class Upload(Out):
+    """One PUT to make, with exactly these headers."""
+
+    name: str
+    url: str
+    headers: dict[str, str]
+    expires_at: datetime
+
+
+class FileOut(Out):
+    name: str
+    bytes: int
+    sha256: str
+
+
+class Dataset(Out):
+    id: str
+    status: DatasetStatus
+    created_at: datetime
+    files: list[FileOut]
+    report: dict[str, Any] = Field(description="kept, warned and refused images, with reasons")
+    zip: FileOut | None = Field(description="what training gets, once it is built")
+
+
+class NewDataset(Dataset):
+    uploads: list[Upload]
+
+
+class Uploads(Out):
+    data: list[Upload]
+
+
+class DatasetPath(BaseModel):
+    dataset_id: str
+
+
+# --- jobs -------------------------------------------------------------------------------------
+
+
+class GpuIn(In):
+    """What the machine must have."""
+
+    min_vram_gb: Annotated[float, Field(ge=1, le=1000)] = 8.0
+    gpu_names: Annotated[
+        list[Annotated[str, Field(pattern=r"^[A-Za-z0-9 ._-]{1,40}$")]], Field(max_length=20)
+    ] = []
+    disk_gb: Annotated[float, Field(ge=10, le=2000)] = 40.0
+    max_price: Annotated[
+        int, Field(ge=1, le=100_000_000, description="micro-USD per hour, whole machine")
+    ] = 2_000_000
+    min_reliability: Annotated[float, Field(ge=0, le=1)] = 0.9
+    min_download_mbps: Annotated[float, Field(ge=0, le=100_000)] = 100.0
+    verified_only: bool = True
+    min_cuda: Annotated[float, Field(ge=0, le=100)] = 12.4
+
+
+class WebhookIn(In):
+    """Where this job's transitions are told. A secret is made when none is given."""
+
+    url: Annotated[str, Field(min_length=1, max_length=2048)]
+    secret: (
+        Annotated[str, Field(max_length=128, pattern=r"^whsec_[A-Za-z0-9+/]+={0,2}$", repr=False)]
+        | None
+    ) = None
+
+
+MetadataKey = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,40}$")]
+MetadataValue = Annotated[str, Field(max_length=500), AfterValidator(_storable)]
+
+
+class JobIn(In):
+    dataset_id: Annotated[str, Field(max_length=64)]
+    base: Annotated[
+        str,
+        Field(
+            max_length=1024,
+            description="`civitai:<version>`, `hf:<owner>/<repo>[/<file>]`, `s3:<key>` or a URL",
+        ),
+    ]
+    method: Literal["lora"] = "lora"
+    base_family: Literal["sd1"] = "sd1"
+    recipe: dict[str, Any] = Field(default={}, description="how to train; see the docs")
+    gpu: GpuIn = GpuIn()
+    max_cost: Annotated[
+        int, Field(ge=1, le=10_000_000_000, description="micro-USD, all attempts together")
+    ] = 5_000_000
+    max_attempts: Annotated[int, Field(ge=1, le=10)] = 3
+    webhook: WebhookIn | None = None
+    metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)] = {}
+
+
+class JobHeader(BaseModel):
+    idempotency_key: Annotated[str, Field(pattern=r"^[\x21-\x7e]{1,255}$")] | None = Field(
+        default=None,
+        alias="Idempotency-Key",
+        description="the same key and body answer the same job again, for at least 24 h",
+    )
+
+
+class JobPath(BaseModel):
+    job_id: str
+
+
+class ArtefactPath(BaseModel):
+    job_id: str
+    name: str
+
+
+class JobsQuery(BaseModel):
+    """`metadata[key]=value` may be given too, several times with other keys."""
+
+    model_config = ConfigDict(extra="allow")
+
+    status: list[Status] | None = None
+    limit: Annotated[int, Field(ge=1, le=100)] = 50
+    cursor: str | None = Field(default=None, description="`next_cursor` of the page before")
+
+    @model_validator(mode="after")
+    def _only_metadata_besides(self) -> Self:
+        for key in self.model_extra or {}:
+            if not re.fullmatch(r"metadata\[[A-Za-z0-9_.-]{1,40}\]", key):
+                raise ValueError(f"unknown parameter {key[:100]!r}")
+        return self
+
+    def metadata(self) -> dict[str, str]:
+        return {
+            key.removeprefix("metadata[").removesuffix("]"): _storable(str(value))
+            for key, value in (self.model_extra or {}).items()
+        }
+
+
+class WaitQuery(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    wait: Annotated[int, Field(ge=0, le=30)] = Field(
+        default=0, description="seconds to wait for a change before answering"
+    )
+
+
+class EventsQuery(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    after: Annotated[int, Field(ge=0, lt=2**53)] = 0
+    limit: Annotated[int, Field(ge=1, le=1000)] = 100
+
+
+class Reason(Out):
+    code: str
+    message: str
+    retryable: bool
+
+
+class Transition(Out):
+    seq: int
+    at: datetime
+    attempt: int
+    source: Status
+    target: Status
+    cause: str
+    reason: Reason | None
+
+
+class Host(Out):
+    machine_id: str
+    gpu: str
+    geo: str
+
+
+class Cost(Out):
+    quoted_per_hour: MicroUsd | None = Field(description="of the present machine")
+    so_far: MicroUsd
+    cap: MicroUsd
+    currency: Literal["USD"] = "USD"
+    display: str = Field(description="so_far, for people")
+
+
+class ResultFile(Out):
+    name: str
+    bytes: int
+    sha256: str
+    attempt: int
+    verified: bool
+    expired: bool
+    created_at: datetime
+    url: str = Field(description="redirects to a short-lived download")
+
+
+class JobSummary(Out):
+    """A job as a line of a list."""
+
+    id: str
+    status: Status
+    stalled_from: Status | None
+    reason: Reason | None
+    retry_at: datetime | None
+    attempt: int
+    dataset_id: str
+    base: str
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+    entered_at: datetime = Field(description="when the present status began")
+    deadline_at: datetime | None = Field(description="when the present status must be left")
+    progress: dict[str, Any]
+    host: Host | None
+    cost: Cost
+    metadata: dict[str, str]
+
+
+class Job(JobSummary):
+    method: str
+    base_family: str
+    recipe: dict[str, Any]
+    max_attempts: int
+    webhook_url: str | None
+    transitions: list[Transition]
+    result_files: list[ResultFile]
+
+
+class NewJob(Job):
+    webhook_secret: str | None = Field(description="shown in this answer only")
+
+
+class Jobs(Out):
+    data: list[JobSummary]
+    has_more: bool
+    next_cursor: str | None
+
+
+class Event(Out):
+    seq: int
+    type: str
+    attempt: int
+    at: datetime
+    data: dict[str, Any]
+
+
+class Events(Out):
+    data: list[Event]
+    has_more: bool
+    next_after: int
+
+
+class Artefacts(Out):
+    data: list[ResultFile]
+
+
+class Lease(Out):
+    status: LeaseStatus
+    machine_id: str
+    gpu: str
+    geo: str
+    price_per_hour: MicroUsd
+    created_at: datetime
+    rented_at: datetime | None
+    ready_at: datetime | None
+    released_at: datetime | None
+    expires_at: datetime
+    cost: MicroUsd
+    why: str
+
+
+class Attempt(Out):
+    number: int
+    created_at: datetime
+    hello_at: datetime | None
+    leases: list[Lease]
+
+
+class Attempts(Out):
+    data: list[Attempt]
+
+
+class Try(Out):
+    tried_at: datetime
+    answer: int = Field(description="HTTP status, 0 when there was none")
+    took_ms: int
+    error: str
+
+
+class Delivery(Out):
+    id: str = Field(description="the webhook-id")
+    seq: int
+    type: str
+    status: OutgoingStatus
+    created_at: datetime
+    due_at: datetime | None
+    tries: list[Try]
+
+
+class Deliveries(Out):
+    data: list[Delivery]

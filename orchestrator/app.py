@@ -1,0 +1,105 @@
+"""The HTTP edge, put together: `create_app(deps)`."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from flask import Response, g, request
+from flask_openapi.models.info import Info
+from flask_openapi.models.security_scheme import SecurityScheme
+from flask_openapi.models.server import Server
+from flask_openapi.openapi import OpenAPI
+from flask_openapi.types import ResponseDict
+
+from orchestrator.agent_api import agent_api
+from orchestrator.api import problems
+from orchestrator.api.datasets import datasets
+from orchestrator.api.jobs import jobs
+from orchestrator.attempt_auth import AttemptAuth
+from orchestrator.deps import Deps
+from orchestrator.health import health
+from orchestrator.metrics import Metrics
+from orchestrator.waker import Waker
+from orchestrator.webhook import Receiver, ReportTaker, request_id
+
+__all__ = ["Deps", "create_app"]
+
+#: Longest body of the public interface: a dataset of ten thousand announced files.
+MAX_BODY = 4 * 2**20
+#: What every public route may answer besides its own.
+PROBLEMS: ResponseDict = {
+    status: problems.Problem
+    for status in (
+        "400",
+        "401",
+        "403",
+        "404",
+        "405",
+        "409",
+        "410",
+        "413",
+        "415",
+        "422",
+        "500",
+        "503",
+    )
+}
+
+
+def create_app(deps: Deps) -> OpenAPI:
+    """The WSGI application: `/v1`, `/agent/v1`, health and metrics.
+
+    The receiver of reports stands in front of Flask (see `orchestrator.webhook`).
+    """
+    app = OpenAPI(
+        "orchestrator",
+        info=Info(title="Stoker", version="1", description="Fine-tuning on rented GPUs."),
+        servers=[Server(url=deps.settings.public_url)],
+        security_schemes={"key": SecurityScheme(type="http", scheme="bearer")},
+        responses=PROBLEMS,
+        validation_error_model=problems.Problem,
+        validation_error_callback=problems.invalid,
+        doc_ui=False,
+    )
+    app.openapi_version = "3.1.0"  # the default, 3.2.0, is refused by client generators
+    app.config["MAX_CONTENT_LENGTH"] = MAX_BODY
+    app.json.sort_keys = False  # type: ignore[attr-defined]  # Flask's default provider has it
+    metrics, waker = Metrics(deps.metrics_dir), Waker(deps.wake)
+    auth = AttemptAuth(deps.store, deps.clock)
+    problems.install(app)
+    _watch_requests(app, deps, metrics)
+    app.register_api(datasets(deps, waker))
+    app.register_api(jobs(deps, waker))
+    app.register_blueprint(agent_api(deps, auth, waker))
+    app.register_blueprint(health(deps, metrics, lambda: spec_of(app)))
+    taker = ReportTaker(deps.store, deps.clock, waker, metrics)
+    app.wsgi_app = Receiver(app.wsgi_app, auth, taker, metrics, deps.clock)  # type: ignore[method-assign]
+    return app
+
+
+def spec_of(app: OpenAPI) -> dict[str, Any]:
+    """The OpenAPI 3.1 description, with problems under their own media type."""
+    spec: dict[str, Any] = app.api_doc
+    for path in spec["paths"].values():
+        for operation in path.values():
+            for status, response in operation["responses"].items():
+                content = response.get("content", {})
+                if status >= "400" and "application/json" in content:
+                    content[problems.MIMETYPE] = content.pop("application/json")
+    return spec
+
+
+def _watch_requests(app: OpenAPI, deps: Deps, metrics: Metrics) -> None:
+    @app.before_request
+    def begin() -> None:
+        g.began = time.perf_counter()
+        g.request_id = request_id(request.environ, deps.clock)
+
+    @app.after_request
+    def end(response: Response) -> Response:
+        route = request.url_rule.rule if request.url_rule else "unmatched"
+        metrics.requests.labels(request.method, route, response.status_code).inc()
+        metrics.seconds.labels(route).observe(time.perf_counter() - g.began)
+        response.headers["X-Request-Id"] = g.request_id
+        return response

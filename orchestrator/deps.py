@@ -1,0 +1,60 @@
+"""What the HTTP edge is given: everything outside it, as one frozen value."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Protocol
+
+from gpu_agent import wire
+from infra.settings import Settings
+from state.job import JobRequest
+from state.store import Store
+
+
+class Storage(Protocol):
+    """What the edge asks of the object store: URLs, never bytes."""
+
+    def presign_put(self, key: str, *, bytes: int, expires_s: int) -> tuple[str, Mapping[str, str]]:
+        """A URL for one PUT of exactly `bytes`, and the headers that must come with it."""
+
+    def presign_get(self, key: str, *, expires_s: int) -> str:
+        """A URL for GETs of `key`."""
+
+
+class Bundle(Protocol):
+    """The agent as one file."""
+
+    @property
+    def bytes(self) -> bytes: ...
+    @property
+    def sha256(self) -> str: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deps:
+    """Handed to `create_app` by the composition root.
+
+    Attributes:
+        clock: aware UTC now.
+        wake: `wake("allocate", job_id)` rings a doorbell; called after commit only, its failure
+            is logged and costs nothing but latency.
+        resolve_base: the short-lived download of a job's base model.
+        ready_checks: by part; None is well, a text says what is wrong.
+        pause: waits so many seconds; long polls use it.
+        metrics_dir: where the processes of one server share their counters; None for one process.
+    """
+
+    store: Store
+    storage: Storage
+    clock: Callable[[], datetime]
+    wake: Callable[[str, str], None] = field(repr=False)
+    bundle: Bundle = field(repr=False)
+    resolve_base: Callable[[JobRequest], wire.Download]
+    settings: Settings
+    ready_checks: Mapping[str, Callable[[], str | None]] = field(default_factory=dict)
+    pause: Callable[[float], None] = time.sleep
+    metrics_dir: Path | None = None
