@@ -70,10 +70,12 @@ class Provider(Protocol):
         AccountFault) or Unknown; `instance_id` of the error is set when one was named."""
 
     def instance(self, instance_id: str) -> Instance | None:
-        """None only when the market says that it is gone. Raises: Refused, Unreadable."""
+        """None only when the market says that it is gone (or it is younger than the market's read
+        lag, a few seconds). Raises: Refused, Unreadable."""
 
     def instances(self) -> list[Instance]:
-        """All of the account, also those that are not ours. Raises: Refused, Unreadable."""
+        """All of the account, also those that are not ours; a new one may be missing for the
+        market's read lag. Raises: Refused, Unreadable."""
 
     def destroy(self, instance_id: str) -> None:
         """Ask for the end. Raises: Refused, Unknown."""
