@@ -1,0 +1,203 @@
+"""Stopping anywhere and going on as if nothing had happened.
+
+A checkpoint is a folder that appears whole (written beside, synced, renamed)::
+
+    step-00000200/
+        lora.safetensors    the LoRA at this step, in diffusers naming: usable as it is
+        best.safetensors    the best LoRA so far, where that is another one
+        state.pt            optimizer, gradient scaler, losses so far (no code in it)
+        manifest.json       step, what it belongs to, validations, size and SHA-256 of each file
+
+There is no random state in it, because nothing draws by history (see `draws`). The learning rate
+is a function of the step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from gpu_agent.lora.evaluate import Validation
+
+_log = logging.getLogger(__name__)
+
+LORA = "lora.safetensors"
+BEST = "best.safetensors"
+_STATE = "state.pt"
+_MANIFEST = "manifest.json"
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Belongs:
+    """What a checkpoint can be continued with: the same recipe, pictures and base, or not at all."""
+
+    recipe: str
+    dataset: str
+    base: str
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a training is.
+
+    Attributes:
+        step: optimizer steps done.
+        lora: tensors by their name in a diffusers LoRA file.
+        state: optimizer, scaler and losses, as `torch.save` keeps them.
+        validations: by step; 0 is the untrained model.
+    """
+
+    step: int
+    lora: Mapping[str, Any]
+    state: Mapping[str, Any]
+    validations: Mapping[int, Validation]
+
+    @property
+    def best_step(self) -> int | None:
+        """The trained step with the lowest validation loss; the earliest of equals."""
+        trained = {step: seen.loss for step, seen in self.validations.items() if step > 0}
+        return min(trained, key=lambda step: (trained[step], step)) if trained else None
+
+
+class Unusable(Exception):
+    """A checkpoint cannot be continued; the text says why."""
+
+
+class Checkpoints:
+    """The checkpoints of one training, in a folder of their own."""
+
+    def __init__(self, folder: Path, belongs: Belongs, keep: int) -> None:
+        self._folder = folder
+        self._belongs = belongs
+        self._keep = keep
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob("*.part"):
+            shutil.rmtree(left)
+
+    def save(self, progress: Progress) -> Path:
+        """Write a checkpoint, then drop those that are neither the last nor among the best."""
+        target = self._folder / f"step-{progress.step:08d}"
+        part = target.with_name(target.name + ".part")
+        part.mkdir()
+        save_file(dict(progress.lora), part / LORA)
+        torch.save(dict(progress.state), part / _STATE)
+        best = self._file_of(progress.best_step, target)
+        if best is not None:
+            shutil.copyfile(best, part / BEST)
+        manifest = {
+            "format": _FORMAT,
+            "step": progress.step,
+            **asdict(self._belongs),
+            "validations": {str(step): asdict(seen) for step, seen in progress.validations.items()},
+            "files": {file.name: _describe(file) for file in sorted(part.iterdir())},
+        }
+        (part / _MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+        _sync([*part.iterdir(), part])
+        if target.exists():
+            shutil.rmtree(target)
+        part.replace(target)
+        _sync([self._folder])
+        self._rotate(progress)
+        return target
+
+    def best_lora(self, progress: Progress) -> dict[str, Any]:
+        """The tensors of the best step; the present ones where nothing was validated yet."""
+        best = progress.best_step
+        file = self._file_of(best, self._folder) if best != progress.step else None
+        return load_file(file) if file is not None else dict(progress.lora)
+
+    def adopt(self, found: Path) -> Progress:
+        """Go on from a checkpoint of an earlier attempt, whose best weights become ours.
+
+        Raises:
+            Unusable: it is broken, or of another training.
+        """
+        progress = _read(found, self._belongs)
+        here = self._folder / found.name
+        if found.resolve() != here.resolve():
+            shutil.rmtree(here, ignore_errors=True)
+            shutil.copytree(found, here)
+        return progress
+
+    def _file_of(self, step: int | None, target: Path) -> Path | None:
+        """The file with the LoRA of `step`, unless that is the very checkpoint being written."""
+        if step is None or target.name == f"step-{step:08d}":
+            return None
+        own = self._folder / f"step-{step:08d}" / LORA
+        if own.is_file():
+            return own
+        # an earlier attempt's best, which each of its checkpoints carries
+        carried = [folder / BEST for folder in self._all() if (folder / BEST).is_file()]
+        return carried[-1] if carried else None
+
+    def _rotate(self, progress: Progress) -> None:
+        folders = self._all()
+        kept_loss = {
+            step: seen.loss
+            for step, seen in progress.validations.items()
+            if self._folder / f"step-{step:08d}" in folders
+        }
+        best = sorted(kept_loss, key=lambda step: (kept_loss[step], step))[: self._keep]
+        keep = {f"step-{step:08d}" for step in [*best, progress.step]}
+        for folder in folders:
+            if folder.name not in keep:
+                shutil.rmtree(folder)
+
+    def _all(self) -> list[Path]:
+        return sorted(self._folder.glob("step-" + "[0-9]" * 8))
+
+
+def candidates(folder: Path) -> list[Path]:
+    """The checkpoints at `folder`, which is one itself or holds several; the newest first."""
+    if (folder / _MANIFEST).is_file():
+        return [folder]
+    return sorted((file.parent for file in folder.glob(f"*/{_MANIFEST}")), reverse=True)
+
+
+def _read(folder: Path, belongs: Belongs) -> Progress:
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_bytes())
+        if manifest["format"] != _FORMAT:
+            raise Unusable(f"{folder.name} has format {manifest['format']}")
+        for key, wanted in asdict(belongs).items():
+            if manifest[key] != wanted:
+                raise Unusable(f"{folder.name} was made with another {key}")
+        for name, told in manifest["files"].items():
+            if _describe(folder / name) != told:
+                raise Unusable(f"{folder.name}/{name} is not what was written")
+        return Progress(
+            step=int(manifest["step"]),
+            lora=load_file(folder / LORA),
+            state=torch.load(folder / _STATE, weights_only=True),
+            validations={
+                int(step): Validation(**seen) for step, seen in manifest["validations"].items()
+            },
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Unusable(f"{folder.name} cannot be read: {error}") from error
+
+
+def _describe(file: Path) -> dict[str, Any]:
+    with file.open("rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    return {"bytes": file.stat().st_size, "sha256": digest}
+
+
+def _sync(paths: Sequence[Path]) -> None:
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,103 @@
+"""The validation loss: the one number by which checkpoints are compared.
+
+A training loss is mostly the luck of its noise and noise levels. Here both are fixed: each picture
+has its own noise, drawn from its content and the seed, taken with both signs, at the middles of
+`LEVELS` equal strata of the family's density of noise levels. Two checkpoints thus differ by what
+they learned and by nothing else, and so do two runs of the same recipe.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+
+from gpu_agent.lora import draws
+from gpu_agent.lora.cache import Sample, move
+from gpu_agent.lora.families import Model
+
+#: Noise levels per picture.
+LEVELS = 4
+#: No more pictures than this are looked at, so that validation stays a small part of the time.
+MOST_PICTURES = 16
+#: Samples in one forward pass at most.
+_BATCH = 16
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Mean loss and its standard error over pictures and noise levels."""
+
+    loss: float
+    stderr: float
+
+
+@dataclass(frozen=True)
+class _Case:
+    shape: tuple[int, ...]
+    latents: Any
+    text: Any
+    noise: Any
+    quantile: float
+
+
+class Evaluator:
+    """Measures a model on the same cases each time it is asked."""
+
+    def __init__(
+        self,
+        model: Model,
+        samples: Sequence[Sample],
+        seed: int,
+        device: Any,
+        autocast: Callable[[], Any],
+    ) -> None:
+        self._model = model
+        self._device = device
+        self._autocast = autocast
+        chosen = sorted(samples, key=lambda sample: sample.digest)[:MOST_PICTURES]
+        cases = [case for sample in chosen for case in _cases(model, sample, seed)]
+        self._cases = sorted(cases, key=lambda case: case.shape)
+
+    @torch.no_grad()
+    def measure(self) -> Validation:
+        losses: list[Any] = []
+        for _, same_shape in groupby(self._cases, key=lambda case: case.shape):
+            cases = list(same_shape)
+            for start in range(0, len(cases), _BATCH):
+                losses.append(self._losses(cases[start : start + _BATCH]))
+        # a case and its mirror image in noise are one observation
+        pairs = torch.cat(losses).cpu().double().view(-1, 2).mean(dim=1)
+        spread = float(pairs.std()) if len(pairs) > 1 else 0.0
+        return Validation(loss=float(pairs.mean()), stderr=spread / math.sqrt(len(pairs)))
+
+    def _losses(self, cases: Sequence[_Case]) -> Any:
+        quantiles = torch.tensor([case.quantile for case in cases])
+        with self._autocast():
+            return self._model.losses(
+                move([case.latents for case in cases], self._device),
+                move([case.text for case in cases], self._device),
+                move([case.noise for case in cases], self._device),
+                quantiles,
+            )
+
+
+def _cases(model: Model, sample: Sample, seed: int) -> list[_Case]:
+    upright = sample.moments[:1]
+    still = torch.zeros_like(upright.chunk(2, dim=1)[0])
+    latents = model.draw_latents(upright, still)[0]
+    cases = []
+    for level in range(LEVELS):
+        place = draws.generator(seed, "validation", sample.digest, level)
+        noise = torch.randn(latents.shape, generator=place)
+        for sign in (1, -1):
+            cases.append(
+                _Case(
+                    tuple(latents.shape), latents, sample.text, sign * noise, (level + 0.5) / LEVELS
+                )
+            )
+    return cases

@@ -1,0 +1,273 @@
+"""The training loop. No step waits for the GPU: losses stay there until a report is due."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from gpu_agent.lora import draws
+from gpu_agent.lora.adapter import Adapter
+from gpu_agent.lora.cache import Sample, move
+from gpu_agent.lora.checkpoint import Checkpoints, Progress
+from gpu_agent.lora.errors import TrainingError
+from gpu_agent.lora.evaluate import Evaluator, Validation
+from gpu_agent.lora.families import Model
+from gpu_agent.lora.talk import Events, Orders
+from gpu_agent.wire import Recipe
+
+#: Seconds between two reports.
+_REPORT_EVERY = 1.0
+#: Points of the loss curve in one report; more are averaged into as many.
+_MOST_POINTS = 20
+#: Gradients longer than this are shortened to it, as sd-scripts does.
+_LONGEST_GRADIENT = 1.0
+
+
+class Loop:
+    """Trains an adapter until the recipe's last step, or until a stop is ordered.
+
+    Args:
+        accelerator: an `accelerate.Accelerator`; it owns device, autocast and gradient scaling.
+        empty_text: the embedding of no caption at all.
+        draw_samples: called with the step when sample images are due.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: Model,
+        adapter: Adapter,
+        samples: Sequence[Sample],
+        empty_text: Any,
+        recipe: Recipe,
+        accelerator: Any,
+        evaluator: Evaluator,
+        checkpoints: Checkpoints,
+        events: Events,
+        orders: Orders,
+        draw_samples: Callable[[int], None],
+    ) -> None:
+        self._model = model
+        self._adapter = adapter
+        self._samples = samples
+        self._empty_text = empty_text
+        self._recipe = recipe
+        self._accelerator = accelerator
+        self._evaluator = evaluator
+        self._checkpoints = checkpoints
+        self._events = events
+        self._orders = orders
+        self._draw_samples = draw_samples
+        self._device = accelerator.device
+        self._optimizer = accelerator.prepare(_optimizer(adapter.parameters, recipe, self._device))
+        self._batches = draws.Batches(
+            tuple(sample.bucket for sample in samples), recipe.batch_size, recipe.seed
+        )
+        self._losses = torch.zeros(recipe.steps, device=self._device)
+        self._reported = 0
+        self._report_due = 0.0
+        self.step = 0
+        self.validations: dict[int, Validation] = {}
+
+    def resume(self, progress: Progress) -> None:
+        """Continue from a checkpoint; raises `KeyError` or `ValueError` where it does not fit."""
+        self._adapter.fill(progress.lora)
+        self._optimizer.load_state_dict(progress.state["optimizer"])
+        if self._accelerator.scaler is not None:
+            self._accelerator.scaler.load_state_dict(progress.state["scaler"])
+        self._losses[: progress.step] = progress.state["losses"].to(self._device)
+        self.validations = dict(progress.validations)
+        self.step = self._reported = progress.step
+
+    def run(self) -> bool:
+        """Train; True when the last step is done, False when stopped (a checkpoint is written)."""
+        self._now = self._report_due = time.monotonic()
+        saved = self.step
+        while self.step < self._recipe.steps and not self._orders.stop:
+            self._one_step()
+            self.step += 1
+            self._report()
+            saved = self._between_steps(saved)
+        self._report(at_once=True)
+        finished = self.step == self._recipe.steps
+        if saved != self.step:
+            self._save()
+        return finished
+
+    def validate(self) -> Validation:
+        """Measure the present weights and say so.
+
+        Raises:
+            TrainingError: `training.diverged`.
+        """
+        seen = self._evaluator.measure()
+        if not math.isfinite(seen.loss):
+            raise _diverged(self.step)
+        self.validations[self.step] = seen
+        self._events.emit("validation", step=self.step, loss=seen.loss, stderr=seen.stderr)
+        return seen
+
+    def progress(self) -> Progress:
+        scaler = self._accelerator.scaler
+        return Progress(
+            step=self.step,
+            lora=self._adapter.tensors(),
+            state={
+                "optimizer": self._optimizer.state_dict(),
+                "scaler": scaler.state_dict() if scaler is not None else {},
+                "losses": self._losses[: self.step].cpu().clone(),
+            },
+            validations=dict(self.validations),
+        )
+
+    def history(self) -> list[tuple[int, float, float]]:
+        """Step (from 1), training loss and learning rate of every step done."""
+        losses = self._losses[: self.step].tolist()
+        return [
+            (number, loss, learning_rate(self._recipe, number - 1))
+            for number, loss in enumerate(losses, start=1)
+        ]
+
+    # --- one step -----------------------------------------------------------------------------
+
+    def _one_step(self) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate(self._recipe, self.step)
+        parts = self._recipe.gradient_accumulation
+        for part in range(parts):
+            loss = self._loss(self.step * parts + part) / parts
+            self._accelerator.backward(loss)
+            self._losses[self.step] += loss.detach()
+        self._accelerator.clip_grad_norm_(self._adapter.parameters, _LONGEST_GRADIENT)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+    def _loss(self, index: int) -> Any:
+        recipe = self._recipe
+        batch = [self._samples[number] for number in self._batches.at(index)]
+        place = draws.generator(recipe.seed, "step", index)
+        size = len(batch)
+        mirrored = torch.rand(size, generator=place).tolist()
+        dropped = torch.rand(size, generator=place).tolist()
+        quantiles = torch.rand(size, generator=place)
+        moments = [
+            sample.moments[1 if recipe.flip and luck < 0.5 else 0]
+            for sample, luck in zip(batch, mirrored, strict=True)
+        ]
+        texts = [
+            self._empty_text if luck < recipe.caption_dropout else sample.text
+            for sample, luck in zip(batch, dropped, strict=True)
+        ]
+        channels, height, width = moments[0].shape
+        shape = (2, size, channels // 2, height, width)
+        spread, noise = move(list(torch.randn(shape, generator=place)), self._device)
+        latents = self._model.draw_latents(move(moments, self._device), spread)
+        with self._accelerator.autocast():
+            losses = self._model.losses(latents, move(texts, self._device), noise, quantiles)
+        if recipe.min_snr_gamma is not None:
+            losses = losses * self._model.weights(quantiles, recipe.min_snr_gamma)
+        return losses.mean()
+
+    # --- between steps ------------------------------------------------------------------------
+
+    def _between_steps(self, saved: int) -> int:
+        """Validate, save and paint where that is due or ordered; returns the step last saved."""
+        validate = self._is_due(self._recipe.validation_every)
+        save = self._orders.take_checkpoint() or validate
+        paint = self._wants_samples()
+        if not (save or paint):
+            return saved
+        self._report(at_once=True)
+        if validate:
+            self.validate()
+        if save:
+            saved = self._save()
+        if paint:
+            self._draw_samples(self.step)
+        # this pause is not the training's speed
+        self._now = time.monotonic()
+        return saved
+
+    def _is_due(self, every: int) -> bool:
+        return every > 0 and (self.step % every == 0 or self.step == self._recipe.steps)
+
+    def _wants_samples(self) -> bool:
+        # the last step's samples are drawn from the best weights, by whoever called us
+        last = self.step == self._recipe.steps
+        due = self._is_due(self._recipe.sample_every) and not last
+        return self._orders.take_sample() or due
+
+    def _save(self) -> int:
+        progress = self.progress()
+        path = self._checkpoints.save(progress)
+        self._events.emit(
+            "checkpoint", step=self.step, path=str(path), best=progress.best_step == self.step
+        )
+        return self.step
+
+    def _report(self, *, at_once: bool = False) -> None:
+        now = time.monotonic()
+        if self._reported == self.step or (now < self._report_due and not at_once):
+            return
+        losses = self._losses[self._reported : self.step].tolist()
+        if not all(map(math.isfinite, losses)):
+            raise _diverged(self.step)
+        speed = len(losses) / max(now - self._now, 1e-9)
+        self._events.emit(
+            "progress",
+            step=self.step,
+            total=self._recipe.steps,
+            loss=sum(losses) / len(losses),
+            lr=learning_rate(self._recipe, self.step - 1),
+            steps_per_s=round(speed, 3),
+            eta_s=round((self._recipe.steps - self.step) / speed, 1),
+            points=self._points(losses),
+        )
+        self._reported = self.step
+        self._now = now
+        self._report_due = now + _REPORT_EVERY
+
+    def _points(self, losses: Sequence[float]) -> list[list[float]]:
+        size = -(-len(losses) // _MOST_POINTS)
+        points = []
+        for start in range(0, len(losses), size):
+            some = losses[start : start + size]
+            at = self._reported + start + len(some)
+            points.append([at, sum(some) / len(some), learning_rate(self._recipe, at - 1)])
+        return points
+
+
+def learning_rate(recipe: Recipe, step: int) -> float:
+    """The rate for the step after `step` done ones: linear warm-up, then constant or cosine to 0."""
+    if step < recipe.warmup_steps:
+        return recipe.learning_rate * (step + 1) / recipe.warmup_steps
+    if recipe.scheduler == "constant":
+        return recipe.learning_rate
+    share = (step - recipe.warmup_steps) / max(1, recipe.steps - recipe.warmup_steps)
+    return recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
+
+
+def _optimizer(parameters: list[Any], recipe: Recipe, device: Any) -> Any:
+    if recipe.optimizer == "prodigy":
+        from prodigyopt import Prodigy
+
+        # safeguard_warmup, or the estimate of the step size is thrown off by a low first rate
+        return Prodigy(
+            parameters,
+            lr=recipe.learning_rate,
+            use_bias_correction=True,
+            safeguard_warmup=recipe.warmup_steps > 0,
+        )
+    fused = device.type in {"cuda", "cpu"}
+    return torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=1e-2, fused=fused)
+
+
+def _diverged(step: int) -> TrainingError:
+    return TrainingError(
+        "training.diverged",
+        f"the loss is no number any more by step {step}; a lower learning rate may help",
+    )

@@ -1,0 +1,229 @@
+"""One training from plan to files: load, cache, train, choose, export."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from gpu_agent.lora import checkpoint, curve, data, draws, export
+from gpu_agent.lora.adapter import Adapter
+from gpu_agent.lora.cache import Cache, Sample
+from gpu_agent.lora.errors import JobError, ModelError
+from gpu_agent.lora.evaluate import Evaluator
+from gpu_agent.lora.families import Model
+from gpu_agent.lora.loop import Loop
+from gpu_agent.lora.plan import Plan
+from gpu_agent.lora.talk import Events, Orders
+from gpu_agent.wire import Recipe
+
+_log = logging.getLogger(__name__)
+
+#: Denoising steps of a sample image.
+_SAMPLE_STEPS = 20
+_SAMPLE_STEPS_CPU = 6
+_MODES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
+
+
+def train(plan: Plan, events: Events, orders: Orders) -> bool:
+    """Train and write the result; False when stopped before the end.
+
+    Raises:
+        TrainerError: it cannot go on.
+    """
+    job = plan.job
+    for folder in (job.work_dir, job.output_dir):
+        folder.mkdir(parents=True, exist_ok=True)
+    accelerator = _accelerator(job.recipe)
+    dtype = _MODES[accelerator.mixed_precision]
+    model = plan.family.load(job.base_file, job.work_dir, accelerator.device, dtype)
+    texts = Cache(model)
+    samples = {
+        picture.digest: texts.sample(picture, flip=job.recipe.flip)
+        for picture in data.distinct(plan.split)
+        if not orders.stop
+    }
+    prompts = job.recipe.sample_prompts or (data.template_caption(job.recipe),)
+    prompt_texts = {prompt: texts.text(prompt) for prompt in prompts}
+    empty = texts.text("")
+    if orders.stop:
+        return False
+    model.release_encoders()
+    adapter = Adapter(model, job.recipe)
+    painter = _Painter(model, prompt_texts, empty, accelerator, job.output_dir, job.recipe, events)
+    checkpoints = checkpoint.Checkpoints(
+        job.work_dir / "checkpoints", _belongs(plan), job.recipe.keep_checkpoints
+    )
+    held = [samples[picture.digest] for picture in plan.split.validation]
+    loop = Loop(
+        model=model,
+        adapter=adapter,
+        samples=[samples[picture.digest] for picture in plan.split.train],
+        empty_text=empty,
+        recipe=job.recipe,
+        accelerator=accelerator,
+        evaluator=Evaluator(model, held, job.recipe.seed, accelerator.device, accelerator.autocast),
+        checkpoints=checkpoints,
+        events=events,
+        orders=orders,
+        draw_samples=painter.paint,
+    )
+    refused = _resume(loop, checkpoints, job.resume_dir)
+    if 0 not in loop.validations:
+        loop.validate()
+    events.emit(
+        "started",
+        total=job.recipe.steps,
+        loss_first=loop.validations[0].loss,
+        parameters=sum(parameter.numel() for parameter in adapter.parameters),
+        images=len(plan.split.train),
+        buckets=data.count_buckets(plan.split.train),
+        label=plan.split.label,
+        step=loop.step,
+        resume_refused=refused,
+        device=accelerator.device.type,
+        precision=accelerator.mixed_precision,
+    )
+    if not loop.run():
+        return False
+    _finish(plan, loop, checkpoints, adapter, painter, events)
+    return True
+
+
+def _finish(
+    plan: Plan,
+    loop: Loop,
+    checkpoints: checkpoint.Checkpoints,
+    adapter: Adapter,
+    painter: _Painter,
+    events: Events,
+) -> None:
+    progress = loop.progress()
+    best = progress.best_step or progress.step
+    tensors = checkpoints.best_lora(progress)
+    folder = plan.job.output_dir
+    files = export.write(
+        folder,
+        tensors,
+        family=plan.family,
+        recipe=plan.job.recipe,
+        adapter_config=adapter.config,
+        steps=best,
+    )
+    files += curve.write(folder, loop.history(), loop.validations)
+    adapter.fill(tensors)
+    painter.paint(progress.step)
+    events.emit(
+        "completed",
+        files=[
+            {"name": str(file.relative_to(folder)), "path": str(file)}
+            for file in [*files, *painter.files]
+        ],
+        loss_first=loop.validations[0].loss,
+        loss_best=loop.validations[best].loss,
+        best_step=best,
+        label=plan.split.label,
+    )
+
+
+class _Painter:
+    """Paints the sample images, each prompt from the same noise every time."""
+
+    def __init__(
+        self,
+        model: Model,
+        prompts: dict[str, Any],
+        empty: Any,
+        accelerator: Accelerator,
+        output: Path,
+        recipe: Recipe,
+        events: Events,
+    ) -> None:
+        self._model = model
+        self._prompts = prompts
+        self._empty = empty
+        self._accelerator = accelerator
+        self._folder = output / "samples"
+        self._recipe = recipe
+        self._events = events
+        self.files: list[Path] = []
+
+    def paint(self, step: int) -> None:
+        self._folder.mkdir(exist_ok=True)
+        on_cpu = self._accelerator.device.type == "cpu"
+        for number, (prompt, text) in enumerate(self._prompts.items()):
+            side = self._recipe.resolution // self._model.latent_factor
+            noise = torch.randn(
+                (self._model.latent_channels, side, side),
+                generator=draws.generator(self._recipe.seed, "sample", number),
+            )
+            with self._accelerator.autocast():
+                image = self._model.render(
+                    text, self._empty, noise, _SAMPLE_STEPS_CPU if on_cpu else _SAMPLE_STEPS
+                )
+            file = self._folder / f"step-{step:06d}-{number}.png"
+            image.save(file)
+            if file not in self.files:
+                self.files.append(file)
+            self._events.emit("sample", step=step, path=str(file), prompt=prompt)
+
+
+def _accelerator(recipe: Recipe) -> Accelerator:
+    """The device and the precision that the recipe asks for, or that suit the machine.
+
+    Raises:
+        JobError: the device cannot do it.
+    """
+    gpu = torch.cuda.is_available()
+    wanted = recipe.precision
+    if wanted == "auto":
+        wanted = ("bf16" if torch.cuda.is_bf16_supported() else "fp16") if gpu else "fp32"
+    if wanted == "fp16" and not gpu:
+        raise JobError("recipe.invalid", "precision fp16 needs a GPU; take bf16, fp32 or auto")
+    if gpu:
+        # TensorFloat-32 where something is left in fp32 (the VAE)
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+    return Accelerator(mixed_precision="no" if wanted == "fp32" else wanted, cpu=not gpu)
+
+
+def _resume(loop: Loop, checkpoints: checkpoint.Checkpoints, folder: Path | None) -> str | None:
+    """Go on from the newest usable checkpoint; otherwise say why each one was not.
+
+    A checkpoint that cannot be used costs the steps that it held, not the training.
+    """
+    if folder is None:
+        return None
+    refused = []
+    for found in checkpoint.candidates(folder):
+        try:
+            loop.resume(checkpoints.adopt(found))
+        except checkpoint.Unusable as error:
+            _log.warning("not continued: %s", error)
+            refused.append(str(error))
+        else:
+            return None
+    return "; ".join(refused) or f"there is no checkpoint in {folder.name}"
+
+
+def _belongs(plan: Plan) -> checkpoint.Belongs:
+    pictures = [
+        (picture.digest, picture.caption, picture.bucket)
+        for part in (plan.split.train, plan.split.validation)
+        for picture in part
+    ]
+    return checkpoint.Belongs(
+        recipe=_digest(plan.job.recipe.to_dict()),
+        dataset=_digest(pictures),
+        base=plan.base_digest,
+    )
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,107 @@
+"""The two ends of the conversation with the agent: events out, orders in, JSON lines both ways."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterable
+from types import FrameType
+from typing import Any, Protocol, TextIO
+
+_log = logging.getLogger(__name__)
+
+
+class Events(Protocol):
+    """Where the trainer's events go."""
+
+    def emit(self, event: str, **fields: Any) -> None: ...
+
+
+class JsonLines:
+    """Events as JSON lines on the real stdout.
+
+    Libraries print to stdout as they like; a line of theirs among ours would be garbage to the
+    agent. So the real descriptor is kept for events alone, and descriptor 1 becomes stderr, also for
+    what C code prints.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    @classmethod
+    def take_stdout(cls) -> JsonLines:
+        sys.stdout.flush()
+        kept = os.dup(1)
+        os.dup2(2, 1)
+        return cls(os.fdopen(kept, "w", encoding="utf-8", buffering=1))
+
+    def emit(self, event: str, **fields: Any) -> None:
+        line = json.dumps({"event": event, **fields}, ensure_ascii=False, allow_nan=False)
+        try:
+            self._stream.write(line + "\n")
+            self._stream.flush()
+        except BrokenPipeError:
+            # Nobody listens any more. The agent's SIGTERM, not a lost line, ends a training.
+            _log.warning("nobody reads the events")
+
+
+class Orders:
+    """What the agent wants, noted by another thread or a signal, obeyed between two steps."""
+
+    def __init__(self) -> None:
+        self._stop = threading.Event()
+        self._checkpoint = threading.Event()
+        self._sample = threading.Event()
+
+    def note(self, order: str) -> None:
+        """Note an order; one that is not known is logged and changes nothing."""
+        known = {"stop": self._stop, "checkpoint_now": self._checkpoint, "sample_now": self._sample}
+        if order in known:
+            known[order].set()
+        else:
+            _log.warning("unknown order %.80r", order)
+
+    @property
+    def stop(self) -> bool:
+        return self._stop.is_set()
+
+    def take_checkpoint(self) -> bool:
+        """Whether a checkpoint was asked for since the last call."""
+        return _take(self._checkpoint)
+
+    def take_sample(self) -> bool:
+        """Whether sample images were asked for since the last call."""
+        return _take(self._sample)
+
+    def listen(self, lines: Iterable[str]) -> threading.Thread:
+        """Read orders until the lines end, in a thread that does not keep the process alive."""
+        thread = threading.Thread(target=self._read, args=(lines,), name="orders", daemon=True)
+        thread.start()
+        return thread
+
+    def obey_sigterm(self) -> None:
+        """From now on SIGTERM means: finish the step, save, leave."""
+
+        def stop(_number: int, _frame: FrameType | None) -> None:
+            self._stop.set()
+
+        signal.signal(signal.SIGTERM, stop)
+
+    def _read(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            try:
+                order = json.loads(line)["order"]
+            except (ValueError, KeyError, TypeError, RecursionError):
+                _log.warning("not an order: %.80r", line)
+                continue
+            self.note(str(order))
+
+
+def _take(flag: threading.Event) -> bool:
+    wanted = flag.is_set()
+    flag.clear()
+    return wanted
