@@ -12,7 +12,9 @@ StokerError
 │   ├── Unknown          no answer, or none that can be trusted: it may have happened
 │   └── Unreadable       a list or record that could not be read: it says nothing, least of all
 │                        "nothing there"
-└── StorageError         the object store could not be asked, or holds something else
+├── StorageError         the object store could not be asked, or holds something else
+├── StoreUnavailable     the database cannot be asked now; asking again may help
+└── SecretUnreadable     a secret at rest fits none of the keys we were given
 """
 
 from __future__ import annotations
@@ -79,3 +81,15 @@ class Unreadable(ProviderError):
 
 class StorageError(StokerError):
     """The object store could not be asked, or holds something else than expected."""
+
+
+class StoreUnavailable(StokerError):
+    """The database cannot be asked now, or it broke off: the transaction must be run again.
+
+    A connection lost during the commit itself leaves open whether it happened, so whoever runs
+    it again must be safe to run twice.
+    """
+
+
+class SecretUnreadable(StokerError):
+    """A secret at rest was sealed with a key that we were not given, or was altered."""

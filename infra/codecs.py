@@ -1,0 +1,239 @@
+"""Values to table rows and back: one codec per record, so that no query knows a field twice."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Generic, TypeVar
+
+from psycopg.types.json import Jsonb
+from sqlalchemy import Column, Table
+
+from infra import schema
+from infra.crypto import SecretBox
+from state.events import (
+    ApiKey,
+    Artefact,
+    Attempt,
+    Dataset,
+    DatasetStatus,
+    Delivery,
+    Event,
+    HostRecord,
+    Idempotent,
+    Outgoing,
+    OutgoingStatus,
+)
+from state.job import GpuNeeds, Job, JobRequest, Reason, Status
+from state.lease import Lease, LeaseStatus
+
+T = TypeVar("T")
+Row = dict[str, Any]
+Convert = Callable[[Any], Any]
+
+
+@dataclass(frozen=True)
+class Codec(Generic[T]):
+    """How a frozen dataclass lies in its table.
+
+    Fields and columns share their names; `write` and `read` convert those that are not the same
+    in both worlds.
+    """
+
+    kind: type[T]
+    table: Table
+    write: Mapping[str, Convert] = field(default_factory=dict)
+    read: Mapping[str, Convert] = field(default_factory=dict)
+
+    @cached_property
+    def columns(self) -> tuple[Column[Any], ...]:
+        """In the order that `value` wants."""
+        return tuple(self.table.c[name] for name in self.names)
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        return tuple(item.name for item in dataclasses.fields(self.kind))  # type: ignore[arg-type]  # T is always a dataclass
+
+    def row(self, value: T) -> Row:
+        """Parameters by column name.
+
+        Raises:
+            ValueError: something in it cannot be stored (NaN, a NUL, half a surrogate pair).
+        """
+        row = dict(vars(value))
+        for name, convert in self.write.items():
+            row[name] = convert(row[name])
+        return row
+
+    def value(self, row: Sequence[Any]) -> T:
+        given = dict(zip(self.names, row, strict=True))
+        for name, convert in self.read.items():
+            given[name] = convert(given[name])
+        return self.kind(**given)
+
+
+# --- JSON -------------------------------------------------------------------------------------
+
+_NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise TypeError(f"{type(value).__name__} cannot be stored as JSON")
+
+
+_encode = json.JSONEncoder(
+    allow_nan=False, ensure_ascii=False, separators=(",", ":"), default=_plain
+).encode
+
+
+def to_json(value: object) -> bytes:
+    """JSON that PostgreSQL accepts.
+
+    Raises:
+        ValueError: NaN or an infinity, a NUL or half a surrogate pair is in it. Said here, because
+            the server's own refusal would take the whole transaction down.
+    """
+    text = _encode(value)
+    if "\\u0000" in text and _NUL.search(text):
+        raise ValueError("a NUL character cannot be stored")
+    return text.encode()
+
+
+def storable(value: object) -> bool:
+    """Whether PostgreSQL could hold this at all; if not, no row has it."""
+    try:
+        to_json(value)
+    except ValueError:
+        return False
+    return True
+
+
+def jsonb(value: object) -> Jsonb:
+    """`value` as a parameter. Raises `ValueError` as `to_json` does, and at once."""
+    return Jsonb(to_json(value), dumps=_as_it_is)
+
+
+def _as_it_is(text: bytes) -> bytes:
+    return text
+
+
+# --- jobs -------------------------------------------------------------------------------------
+
+
+def _maybe(convert: Convert) -> Convert:
+    return lambda value: None if value is None else convert(value)
+
+
+def _request_to_json(request: JobRequest) -> Jsonb:
+    return jsonb({**vars(request), "gpu": vars(request.gpu)})
+
+
+def _request_from_json(stored: Mapping[str, Any]) -> JobRequest:
+    gpu = _fields_of(GpuNeeds, stored["gpu"])
+    gpu["gpu_names"] = tuple(gpu["gpu_names"])
+    return JobRequest(**{**_fields_of(JobRequest, stored), "gpu": GpuNeeds(**gpu)})
+
+
+def _fields_of(kind: type[Any], stored: Mapping[str, Any]) -> Row:
+    """Without fields that a newer version wrote: while it is rolled out, both read all rows."""
+    return {
+        item.name: stored[item.name] for item in dataclasses.fields(kind) if item.name in stored
+    }
+
+
+def _value_of(member: Any) -> Any:
+    return member.value
+
+
+def _reason_to_json(reason: Reason) -> Jsonb:
+    return jsonb(reason.to_dict())
+
+
+def _reason_from_json(stored: Mapping[str, Any]) -> Reason:
+    return Reason(**stored)
+
+
+JOBS = Codec(
+    Job,
+    schema.jobs,
+    write={
+        "request": _request_to_json,
+        "status": _value_of,
+        "known": sorted,
+        "stalled_from": _maybe(_value_of),
+        "reason": _maybe(_reason_to_json),
+        "orders": list,
+        "progress": jsonb,
+        "excluded_machines": list,
+    },
+    read={
+        "request": _request_from_json,
+        "status": Status,
+        "known": frozenset,
+        "stalled_from": _maybe(Status),
+        "reason": _maybe(_reason_from_json),
+        "orders": tuple,
+        "excluded_machines": tuple,
+    },
+)
+
+#: What never changes once a job is there; the request is the largest part of a row.
+JOB_CONSTANTS = frozenset({"id", "owner", "request", "created_at", "dataset_id", "metadata"})
+
+
+def job_to_row(job: Job) -> Row:
+    """All columns of a new job, the copies for searching included."""
+    return {
+        **JOBS.row(job),
+        "dataset_id": job.request.dataset_id,
+        "metadata": jsonb(job.request.metadata),
+    }
+
+
+def job_changes(job: Job) -> Row:
+    """The columns that can change."""
+    row = {name: value for name, value in vars(job).items() if name not in JOB_CONSTANTS}
+    for name, convert in JOBS.write.items():
+        if name in row:
+            row[name] = convert(row[name])
+    return row
+
+
+# --- everything else --------------------------------------------------------------------------
+
+
+def attempts(box: SecretBox) -> Codec[Attempt]:
+    """Attempts, whose secret lies sealed."""
+    return Codec(
+        Attempt,
+        schema.attempts,
+        write={"secret": _maybe(box.seal)},
+        read={"secret": _maybe(box.open)},
+    )
+
+
+LEASES = Codec(Lease, schema.leases, write={"status": _value_of}, read={"status": LeaseStatus})
+EVENTS = Codec(Event, schema.events, write={"data": jsonb})
+OUTGOING = Codec(
+    Outgoing,
+    schema.outgoing,
+    write={"payload": jsonb, "status": _value_of},
+    read={"status": OutgoingStatus},
+)
+DELIVERIES = Codec(Delivery, schema.deliveries)
+DATASETS = Codec(
+    Dataset,
+    schema.datasets,
+    write={"status": _value_of, "files": jsonb, "report": jsonb},
+    read={"status": DatasetStatus, "files": tuple},
+)
+ARTEFACTS = Codec(Artefact, schema.artefacts)
+API_KEYS = Codec(ApiKey, schema.api_keys, write={"scopes": sorted}, read={"scopes": frozenset})
+IDEMPOTENT = Codec(Idempotent, schema.idempotency_keys, write={"answer": _maybe(jsonb)})
+HOSTS = Codec(HostRecord, schema.hosts)

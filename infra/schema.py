@@ -1,0 +1,362 @@
+"""The tables, as they are after the newest migration (a test holds the two together).
+
+- Whatever counts is `bigint`: numbers from outside go up to 2^53.
+- Ids sort and compare byte by byte (`COLLATE "C"`), as Python does.
+- There are no foreign keys. Job rows are never deleted, every writer holds its job's row, and a
+  check per event would cost the webhook receiver a tenth of its rate.
+- Columns are in the order of the dataclass fields whose names they have.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Any
+
+from sqlalchemy import (
+    ARRAY,
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Column,
+    DateTime,
+    Double,
+    Identity,
+    Index,
+    LargeBinary,
+    MetaData,
+    PrimaryKeyConstraint,
+    Table,
+    Text,
+    UniqueConstraint,
+)
+from sqlalchemy.dialects.postgresql import JSONB
+
+from gpu_agent.wire import Fact
+from state.events import DatasetStatus, OutgoingStatus
+from state.job import Status
+from state.lease import LeaseStatus
+
+metadata = MetaData(
+    naming_convention={
+        "pk": "%(table_name)s_pkey",
+        "uq": "%(table_name)s_%(column_0_N_name)s_key",
+        "ck": "%(table_name)s_%(constraint_name)s_check",
+    }
+)
+
+
+def _id(name: str, *, null: bool = False) -> Column[Any]:
+    return Column(name, Text(collation="C"), nullable=null)
+
+
+def _text(name: str, *, null: bool = False) -> Column[Any]:
+    return Column(name, Text, nullable=null)
+
+
+def _count(name: str, *, null: bool = False) -> Column[Any]:
+    return Column(name, BigInteger, nullable=null)
+
+
+def _flag(name: str) -> Column[Any]:
+    return Column(name, Boolean, nullable=False)
+
+
+def _real(name: str) -> Column[Any]:
+    return Column(name, Double, nullable=True)
+
+
+def _time(name: str, *, null: bool = False) -> Column[Any]:
+    return Column(name, DateTime(timezone=True), nullable=null)
+
+
+def _json(name: str, *, null: bool = False) -> Column[Any]:
+    return Column(name, JSONB, nullable=null)
+
+
+def _texts(name: str) -> Column[Any]:
+    return Column(name, ARRAY(Text), nullable=False)
+
+
+def _one_of(column: str, kind: type[enum.StrEnum]) -> CheckConstraint:
+    listed = ", ".join(f"'{member.value}'" for member in kind)
+    return CheckConstraint(f"{column} IN ({listed})", name=column)
+
+
+jobs = Table(
+    "jobs",
+    metadata,
+    _id("id"),
+    _id("owner"),
+    _json("request"),
+    _time("created_at"),
+    _time("entered_at"),
+    _text("status"),
+    _count("attempt"),
+    _texts("known"),
+    _count("seq"),
+    _count("owed"),
+    _flag("dataset_ready"),
+    _text("stalled_from", null=True),
+    _json("reason", null=True),
+    _time("retry_at", null=True),
+    _time("deadline_at", null=True),
+    _time("last_heard_at", null=True),
+    _time("due_at", null=True),
+    _time("started_at", null=True),
+    _time("finished_at", null=True),
+    _texts("orders"),
+    _json("progress"),
+    _texts("excluded_machines"),
+    # copies out of `request`, which never changes: what jobs are searched by
+    _id("dataset_id"),
+    _json("metadata"),
+    PrimaryKeyConstraint("id"),
+    _one_of("status", Status),
+    _one_of("stalled_from", Status),
+    # room for new versions of a row beside the old one: progress touches no index
+    postgresql_with={"fillfactor": 70},
+)
+Index("jobs_due", jobs.c.due_at, postgresql_where=jobs.c.due_at.is_not(None))
+Index("jobs_owner", jobs.c.owner, jobs.c.id)
+Index("jobs_status", jobs.c.status, jobs.c.id)
+Index("jobs_dataset", jobs.c.dataset_id, jobs.c.id)
+Index(
+    "jobs_metadata",
+    jobs.c.metadata,
+    postgresql_using="gin",
+    postgresql_ops={"metadata": "jsonb_path_ops"},
+)
+
+webhook_secrets = Table(
+    "webhook_secrets",
+    metadata,
+    _id("job"),
+    _count("place"),
+    Column("sealed", LargeBinary, nullable=False),
+    PrimaryKeyConstraint("job", "place"),
+)
+
+attempts = Table(
+    "attempts",
+    metadata,
+    _id("job"),
+    _count("number"),
+    _time("created_at"),
+    _text("token_hash"),
+    _time("token_expires_at"),
+    Column("secret", LargeBinary, nullable=True),
+    _text("nonce", null=True),
+    _time("hello_at", null=True),
+    PrimaryKeyConstraint("job", "number"),
+    UniqueConstraint("token_hash"),
+)
+
+leases = Table(
+    "leases",
+    metadata,
+    _id("id"),
+    _id("job"),
+    _count("attempt"),
+    _id("label"),
+    _time("created_at"),
+    _time("expires_at"),
+    _text("status"),
+    _text("offer_id"),
+    _text("machine_id"),
+    _text("gpu_name"),
+    _text("geo"),
+    _count("price"),
+    _count("storage_price"),
+    _text("instance_id", null=True),
+    _time("rented_at", null=True),
+    _time("ready_at", null=True),
+    _time("releasing_at", null=True),
+    _time("released_at", null=True),
+    _time("due_at", null=True),
+    _count("tries"),
+    _count("absent"),
+    _text("why"),
+    _count("cost"),
+    PrimaryKeyConstraint("id"),
+    UniqueConstraint("label"),
+    _one_of("status", LeaseStatus),
+)
+Index("leases_job", leases.c.job)
+Index("leases_due", leases.c.due_at, postgresql_where=leases.c.due_at.is_not(None))
+Index(
+    "leases_open",
+    leases.c.job,
+    leases.c.attempt,
+    unique=True,
+    postgresql_where=leases.c.status != LeaseStatus.RELEASED.value,
+)
+
+events = Table(
+    "events",
+    metadata,
+    _id("job"),
+    _count("seq"),
+    _count("attempt"),
+    _text("type"),
+    _time("at"),
+    _json("data"),
+    _count("agent_seq", null=True),
+    _id("webhook_id", null=True),
+    PrimaryKeyConstraint("job", "seq"),
+)
+Index(
+    "events_report",
+    events.c.job,
+    events.c.attempt,
+    events.c.agent_seq,
+    unique=True,
+    postgresql_where=events.c.agent_seq.is_not(None),
+)
+Index(
+    "events_webhook_id",
+    events.c.webhook_id,
+    unique=True,
+    postgresql_where=events.c.webhook_id.is_not(None),
+)
+# what is picked out of a job's thousands of reports
+Index(
+    "events_picked",
+    events.c.job,
+    events.c.type,
+    events.c.seq,
+    postgresql_where=events.c.type.in_(["transition", Fact.TRAINING_CHECKPOINT.value]),
+)
+# for retention only; a BRIN index costs an insert next to nothing
+Index("events_at", events.c.at, postgresql_using="brin")
+
+outgoing = Table(
+    "outgoing",
+    metadata,
+    _id("id"),
+    _id("job"),
+    _count("seq"),
+    _text("type"),
+    _time("created_at"),
+    _json("payload"),
+    _text("status"),
+    _count("tries"),
+    _time("due_at", null=True),
+    PrimaryKeyConstraint("id"),
+    _one_of("status", OutgoingStatus),
+)
+_waiting = outgoing.c.status == OutgoingStatus.WAITING.value
+Index("outgoing_job", outgoing.c.job, outgoing.c.seq)
+Index("outgoing_waiting", outgoing.c.job, outgoing.c.seq, postgresql_where=_waiting)
+Index("outgoing_due", outgoing.c.due_at, postgresql_where=_waiting)
+Index("outgoing_created_at", outgoing.c.created_at, postgresql_using="brin")
+
+deliveries = Table(
+    "deliveries",
+    metadata,
+    Column("id", BigInteger, Identity(always=True), nullable=False),
+    _id("outgoing"),
+    _id("job"),
+    _time("tried_at"),
+    _count("answer"),
+    _count("took_ms"),
+    _text("error"),
+    PrimaryKeyConstraint("id"),
+)
+Index("deliveries_job", deliveries.c.job, deliveries.c.tried_at)
+Index("deliveries_tried_at", deliveries.c.tried_at, postgresql_using="brin")
+
+datasets = Table(
+    "datasets",
+    metadata,
+    _id("id"),
+    _id("owner"),
+    _time("created_at"),
+    _text("status"),
+    _json("files"),
+    _json("report"),
+    _text("zip_key"),
+    _count("zip_bytes"),
+    _text("zip_sha256"),
+    _time("due_at", null=True),
+    _count("tries"),
+    PrimaryKeyConstraint("id"),
+    _one_of("status", DatasetStatus),
+)
+Index("datasets_due", datasets.c.due_at, postgresql_where=datasets.c.due_at.is_not(None))
+Index("datasets_created_at", datasets.c.created_at)
+
+artefacts = Table(
+    "artefacts",
+    metadata,
+    _id("job"),
+    _id("name"),
+    _count("attempt"),
+    _text("key"),
+    _count("bytes"),
+    _text("sha256"),
+    _time("created_at"),
+    _flag("verified"),
+    _flag("expired"),
+    PrimaryKeyConstraint("job", "name"),
+)
+Index("artefacts_kept", artefacts.c.created_at, postgresql_where=~artefacts.c.expired)
+
+api_keys = Table(
+    "api_keys",
+    metadata,
+    _id("id"),
+    _id("owner"),
+    _text("name"),
+    _id("hash"),
+    _texts("scopes"),
+    _time("created_at"),
+    _time("revoked_at", null=True),
+    PrimaryKeyConstraint("id"),
+    UniqueConstraint("hash"),
+)
+
+idempotency_keys = Table(
+    "idempotency_keys",
+    metadata,
+    _id("owner"),
+    _id("key"),
+    _text("body_hash"),
+    _time("created_at"),
+    _json("answer", null=True),
+    PrimaryKeyConstraint("owner", "key"),
+)
+
+hosts = Table(
+    "hosts",
+    metadata,
+    _id("machine_id"),
+    _count("good"),
+    _count("bad"),
+    _time("last_failed_at", null=True),
+    _text("last_reason"),
+    _real("boot_s"),
+    _real("download_mbps"),
+    _real("steps_per_s"),
+    PrimaryKeyConstraint("machine_id"),
+)
+
+spend = Table(
+    "spend",
+    metadata,
+    _id("lease"),
+    _id("job"),
+    _time("at"),
+    _count("amount"),
+    PrimaryKeyConstraint("lease"),
+)
+Index("spend_at", spend.c.at)
+Index("spend_job", spend.c.job)
+
+beats = Table(
+    "beats",
+    metadata,
+    _id("name"),
+    _time("at"),
+    _json("data"),
+    PrimaryKeyConstraint("name"),
+)

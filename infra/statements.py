@@ -1,0 +1,290 @@
+"""The SQL of `infra.store`: built in SQLAlchemy Core, which knows the schema, and compiled once.
+
+Those that are `Sql` are run by psycopg itself; running them through SQLAlchemy would double the
+cost of a short transaction. The `Select`s and `Delete`s at the end vary with what is asked, or are
+rare, and go through SQLAlchemy.
+
+Parameters have their column's name; those that a row is found by have `key_` before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from datetime import datetime
+from functools import cache
+from typing import Any
+
+from sqlalchemy import (
+    ARRAY,
+    ColumnElement,
+    Delete,
+    Select,
+    Table,
+    Text,
+    bindparam,
+    delete,
+    exists,
+    func,
+    literal_column,
+    or_,
+    select,
+    tuple_,
+    update,
+)
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
+from sqlalchemy.sql.expression import ClauseElement
+
+from infra import codecs
+from infra.codecs import Codec
+from infra.schema import (
+    artefacts,
+    datasets,
+    deliveries,
+    events,
+    jobs,
+    leases,
+    outgoing,
+    spend,
+    webhook_secrets,
+)
+from state.events import Event, OutgoingStatus
+from state.job import TERMINAL, Status
+from state.lease import LeaseStatus
+
+#: A statement as psycopg wants it.
+Sql = bytes
+
+
+def _sql(statement: ClauseElement, **options: Any) -> Sql:
+    dialect = PGDialect_psycopg()  # type: ignore[no-untyped-call]  # SQLAlchemy's own gap
+    return str(statement.compile(dialect=dialect, **options)).encode()
+
+
+def _matches(table: Table, keys: Sequence[str]) -> list[ColumnElement[bool]]:
+    return [table.c[key] == bindparam(f"key_{key}") for key in keys]
+
+
+def _one_of(column: ColumnElement[str], name: str) -> ColumnElement[bool]:
+    """`column` is in the list given as parameter `name`."""
+    return column == func.any(bindparam(name, type_=ARRAY(Text)))
+
+
+# --- for every table --------------------------------------------------------------------------
+
+
+@cache
+def insert_new(table: Table, names: tuple[str, ...]) -> Sql:
+    """Inserts nothing when a unique key is taken, and leaves the transaction usable."""
+    return _sql(insert(table).on_conflict_do_nothing(), column_keys=names)
+
+
+@cache
+def insert_or_replace(table: Table, keys: tuple[str, ...], names: tuple[str, ...]) -> Sql:
+    statement = insert(table)
+    changes = {name: statement.excluded[name] for name in names if name not in keys}
+    return _sql(
+        statement.on_conflict_do_update(index_elements=keys, set_=changes), column_keys=names
+    )
+
+
+@cache
+def change(table: Table, keys: tuple[str, ...], names: tuple[str, ...]) -> Sql:
+    return _sql(update(table).where(*_matches(table, keys)), column_keys=names)
+
+
+@cache
+def fetch(table: Table, names: tuple[str, ...], keys: tuple[str, ...], *, lock: bool) -> Sql:
+    """The columns `names` of the rows found by `keys`."""
+    statement = select(*(table.c[name] for name in names)).where(*_matches(table, keys))
+    return _sql(statement.with_for_update() if lock else statement)
+
+
+@cache
+def claim(table: Table, names: tuple[str, ...]) -> Sql:
+    """Takes what is due. Answers the old due time, the id, and the columns `names`.
+
+    Rows that another worker holds are passed over, not waited for.
+    """
+    due = (
+        select(table.c.id, table.c.due_at.label("was"))
+        .where(table.c.due_at <= bindparam("now"))
+        .order_by(table.c.due_at, table.c.id)
+        .limit(bindparam("limit"))
+        .with_for_update(skip_locked=True)
+    )
+    if table is outgoing:
+        due = due.where(_IS_WAITING, ~_has_earlier_waiting())
+    taken = due.cte("taken")
+    return _sql(
+        update(table)
+        .where(table.c.id == taken.c.id)
+        .values(due_at=bindparam("until"))
+        .returning(taken.c.was, taken.c.id, *(table.c[name] for name in names))
+    )
+
+
+# --- for one ----------------------------------------------------------------------------------
+
+
+# Literals, so that every plan of a prepared statement can use the partial indexes.
+def _is(column: ColumnElement[str], value: str) -> ColumnElement[bool]:
+    return column == literal_column(f"'{value}'")
+
+
+_IS_WAITING = _is(outgoing.c.status, OutgoingStatus.WAITING.value)
+_IS_OPEN = leases.c.status != literal_column(f"'{LeaseStatus.RELEASED.value}'")
+_HAS_ENDED = or_(*(_is(jobs.c.status, status.value) for status in sorted(TERMINAL)))
+
+
+def _has_earlier_waiting() -> ColumnElement[bool]:
+    earlier = outgoing.alias("earlier")
+    return exists().where(
+        earlier.c.job == outgoing.c.job,
+        _is(earlier.c.status, OutgoingStatus.WAITING.value),
+        earlier.c.seq < outgoing.c.seq,
+    )
+
+
+@cache
+def jobs_by_id(*, lock: bool) -> Sql:
+    statement = select(*codecs.JOBS.columns).where(_one_of(jobs.c.id, "ids"))
+    # locked in this order
+    statement = statement.order_by(jobs.c.id)
+    return _sql(statement.with_for_update() if lock else statement)
+
+
+@cache
+def secrets_of_job() -> Sql:
+    wanted = webhook_secrets.c.job == bindparam("job")
+    return _sql(select(webhook_secrets.c.sealed).where(wanted).order_by(webhook_secrets.c.place))
+
+
+@cache
+def events_of_job(*, one_type: bool) -> Sql:
+    wanted = [events.c.job == bindparam("job"), events.c.seq > bindparam("after")]
+    if one_type:
+        wanted.append(events.c.type == bindparam("type"))
+    statement = select(*codecs.EVENTS.columns).where(*wanted).order_by(events.c.seq)
+    return _sql(statement.limit(bindparam("limit")))
+
+
+@cache
+def known_webhook_ids() -> Sql:
+    return _sql(select(events.c.webhook_id).where(_one_of(events.c.webhook_id, "ids")))
+
+
+@cache
+def next_outgoing() -> Sql:
+    statement = select(*codecs.OUTGOING.columns).where(
+        outgoing.c.job == bindparam("job"), _IS_WAITING
+    )
+    return _sql(statement.order_by(outgoing.c.seq, outgoing.c.id).limit(1))
+
+
+@cache
+def lock_name() -> Sql:
+    return _sql(select(func.pg_advisory_xact_lock(func.hashtextextended(bindparam("name"), 0))))
+
+
+# --- through SQLAlchemy -----------------------------------------------------------------------
+
+
+def listing(codec: Codec[Any], *order: str) -> Select[Any]:
+    """All rows, ordered by these columns; `-` before a name: descending."""
+    columns = codec.table.c
+    return select(*codec.columns).order_by(
+        *(columns[name[1:]].desc() if name.startswith("-") else columns[name] for name in order)
+    )
+
+
+def job_listing(
+    owner: str | None,
+    statuses: Collection[Status],
+    metadata: Mapping[str, str] | None,
+    dataset: str | None,
+    before: str | None,
+) -> Select[Any]:
+    wanted = listing(codecs.JOBS, "-id")
+    if owner is not None:
+        wanted = wanted.where(jobs.c.owner == owner)
+    if statuses:
+        wanted = wanted.where(jobs.c.status.in_([status.value for status in statuses]))
+    if metadata:
+        wanted = wanted.where(jobs.c.metadata.contains(dict(metadata)))
+    if dataset is not None:
+        wanted = wanted.where(jobs.c.dataset_id == dataset)
+    if before is not None:
+        wanted = wanted.where(jobs.c.id < before)
+    return wanted
+
+
+def job_counts() -> Select[Any]:
+    return select(jobs.c.status, func.count()).group_by(jobs.c.status)
+
+
+def open_leases() -> Select[Any]:
+    return listing(codecs.LEASES, "created_at", "id").where(_IS_OPEN)
+
+
+def reserved() -> Select[Any]:
+    """Micro-USD, rounded up."""
+    seconds = func.greatest(func.extract("epoch", leases.c.expires_at - leases.c.created_at), 0)
+    return select(func.ceil(func.sum(leases.c.price * seconds) / 3600)).where(_IS_OPEN)
+
+
+def spent(condition: ColumnElement[bool]) -> Select[Any]:
+    return select(func.sum(spend.c.amount)).where(condition)
+
+
+def spent_since(when: datetime) -> Select[Any]:
+    return spent(spend.c.at >= when)
+
+
+def spent_on(job: str) -> Select[Any]:
+    return spent(spend.c.job == job)
+
+
+def reports_like(reports: Sequence[Event]) -> Select[Any]:
+    """Job, attempt, agent_seq and webhook_id of the stored events that these repeat."""
+    keys = (events.c.job, events.c.attempt, events.c.agent_seq)
+    return select(*keys, events.c.webhook_id).where(
+        or_(
+            events.c.webhook_id.in_([event.webhook_id for event in reports]),
+            tuple_(*keys).in_([(event.job, event.attempt, event.agent_seq) for event in reports]),
+        )
+    )
+
+
+def unused_datasets(when: datetime) -> Select[Any]:
+    in_use = exists().where(jobs.c.dataset_id == datasets.c.id, ~_HAS_ENDED)
+    wanted = listing(codecs.DATASETS, "created_at", "id")
+    return wanted.where(datasets.c.created_at < when, ~in_use)
+
+
+def kept_artefacts(when: datetime) -> Select[Any]:
+    wanted = listing(codecs.ARTEFACTS, "created_at", "job", "name")
+    return wanted.where(artefacts.c.created_at < when, ~artefacts.c.expired)
+
+
+#: What retention deletes: the table, its time, and what of it must stay.
+_HISTORY: tuple[tuple[Table, str, ColumnElement[bool] | None], ...] = (
+    (events, "at", None),
+    # what is still waiting is still owed
+    (outgoing, "created_at", _IS_WAITING),
+    (deliveries, "tried_at", None),
+)
+
+
+def deletions(when: datetime) -> list[Delete]:
+    """For each table of the history, up to parameter `limit` rows of ended jobs before `when`."""
+    return [_deletion(table, table.c[at] < when, stays) for table, at, stays in _HISTORY]
+
+
+def _deletion(table: Table, old: ColumnElement[bool], stays: ColumnElement[bool] | None) -> Delete:
+    place: ColumnElement[Any] = literal_column(f"{table.name}.ctid")
+    chosen = select(place).join_from(table, jobs, jobs.c.id == table.c.job).where(old, _HAS_ENDED)
+    if stays is not None:
+        chosen = chosen.where(~stays)
+    chosen = chosen.limit(bindparam("limit")).with_for_update(of=table, skip_locked=True)
+    return delete(table).where(place == func.any(func.array(chosen.scalar_subquery())))
