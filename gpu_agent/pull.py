@@ -1,0 +1,476 @@
+"""Files onto the machine: downloads that survive cut lines, zips and models that are looked at.
+
+Nothing that arrives is trusted: lengths and SHA-256 are compared while streaming, a zip is
+unpacked by counting what really comes out of it, and a model must be a whole safetensors file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import logging
+import math
+import shutil
+import stat
+import struct
+import time
+import unicodedata
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
+
+import requests
+
+from gpu_agent.halt import Fault, Halt
+from gpu_agent.wire import Download
+
+log = logging.getLogger(__name__)
+
+CHUNK = 1 << 20
+#: Connecting, and waiting for each part of an answer (seconds).
+TIMEOUT = (10.0, 30.0)
+#: Waits between tries that brought no byte (seconds); after the last one it is a fault.
+DELAYS = (1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 60.0)
+#: An address that expired, or that the storage does not know: another one may do.
+STALE_URL = frozenset({401, 403, 404, 410})
+#: Room that is left on the disk beside what we put there (bytes).
+MARGIN = 256 << 20
+
+Progress = Callable[[int, int], None]
+
+
+class _Paced:
+    """Calls `progress` at most once a second, and once at the end."""
+
+    def __init__(self, progress: Progress, total: int) -> None:
+        self._progress, self._total, self._last = progress, total, -math.inf
+
+    def __call__(self, done: int, *, final: bool = False) -> None:
+        now = time.monotonic()
+        if final or now - self._last >= 1.0:
+            self._last = now
+            self._progress(done, self._total or done)
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Raises: Fault `disk.full` when `needed` bytes (and a margin) do not fit.
+
+    What an earlier run of the agent left in `folder` counts as room: it is taken up again.
+    """
+    here = sum(item.stat().st_size for item in folder.rglob("*") if item.is_file())
+    free = shutil.disk_usage(folder).free + here
+    if free < needed + MARGIN:
+        raise Fault(
+            "disk.full",
+            f"{needed / 1e9:.2f} GB are to be stored, {free / 1e9:.2f} GB are free",
+            retryable=True,
+        )
+
+
+@contextlib.contextmanager
+def disk_faults() -> Iterator[None]:
+    """A full disk as a `Fault`, wherever it is noticed."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise Fault("disk.full", "no space is left on the disk", retryable=True) from None
+        raise
+
+
+# --- downloads --------------------------------------------------------------------------------
+
+
+def pull(
+    download: Download,
+    path: Path,
+    *,
+    fresh: Callable[[], Download],
+    halt: Halt,
+    progress: Progress,
+    mismatch: str,
+    delays: Sequence[float] = DELAYS,
+) -> Path:
+    """Fetch `download` to `path`, going on where an earlier try was cut off.
+
+    Args:
+        fresh: asks for a new address when the present one has expired.
+        progress: is told bytes so far and in all.
+        mismatch: the fault's code when length or SHA-256 stay wrong.
+
+    Raises:
+        Fault: `mismatch`, `download.failed` or `disk.full`.
+        Halted: the work was told to end.
+    """
+    fetch = _Fetch(download, path, fresh=fresh, halt=halt, progress=progress, delays=delays)
+    with disk_faults():
+        for _ in range(2):  # a file that is wrong once may have been garbled on the way
+            if fetch.whole():
+                return path
+            wrong = fetch.wrong
+            log.warning("%s: %s", download.name, wrong)
+    raise Fault(mismatch, f"{download.name}: {wrong}", retryable=False)
+
+
+class _Fetch:
+    """One file on its way. The part that is here is hashed as it grows."""
+
+    def __init__(
+        self,
+        download: Download,
+        path: Path,
+        *,
+        fresh: Callable[[], Download],
+        halt: Halt,
+        progress: Progress,
+        delays: Sequence[float],
+    ) -> None:
+        self._wanted, self._path, self._halt = download, path, halt
+        self._part = path.with_name(path.name + ".part")
+        self._fresh, self._delays = fresh, delays
+        self._tell = _Paced(progress, download.bytes)
+        self._url = download.url
+        self._session = requests.Session()
+        self._session.trust_env = False
+        self._hash = hashlib.sha256()
+        self._size = 0
+        self.wrong = ""
+
+    def whole(self) -> bool:
+        """Fetch to the end; False (and nothing kept) when it is not what was promised."""
+        if self._path.exists():
+            self._path.replace(self._part)  # of an earlier run of the agent: checked like new
+        self._take_up()
+        try:
+            if not self._complete():
+                self._stream_until_complete()
+            self._tell(self._size, final=True)
+            self.wrong = self._fault()
+        except _Wrong as wrong:
+            self.wrong = str(wrong)
+        if self.wrong:
+            self._part.unlink()
+            return False
+        self._part.replace(self._path)
+        return True
+
+    def _take_up(self) -> None:
+        self._hash, self._size = hashlib.sha256(), 0
+        self._part.touch()
+        with self._part.open("rb") as stream:
+            while chunk := stream.read(CHUNK):
+                self._halt.check()
+                self._grow(chunk)
+
+    def _grow(self, chunk: bytes) -> None:
+        self._hash.update(chunk)
+        self._size += len(chunk)
+
+    def _complete(self) -> bool:
+        return 0 < self._wanted.bytes <= self._size
+
+    def _fault(self) -> str:
+        wanted = self._wanted
+        if wanted.bytes and self._size != wanted.bytes:
+            return f"{self._size} bytes arrived where {wanted.bytes} were promised"
+        if wanted.sha256 and self._hash.hexdigest() != wanted.sha256:
+            return f"its SHA-256 is {self._hash.hexdigest()}, not {wanted.sha256}"
+        return ""
+
+    def _stream_until_complete(self) -> None:
+        idle = furthest = 0
+        while True:
+            try:
+                if self._stream():
+                    return
+                why = "the line was cut"
+            except requests.RequestException as error:
+                why = type(error).__name__  # its text holds the signed address
+            except _Refusal as refusal:
+                why = f"answered with {refusal.status}"
+                if refusal.status in STALE_URL:
+                    self._url = self._fresh().url
+            idle = 0 if self._size > furthest else idle + 1
+            furthest = max(furthest, self._size)
+            log.info("%s at %d bytes: %s", self._wanted.name, self._size, why)
+            if idle > len(self._delays):
+                raise Fault("download.failed", f"{self._wanted.name}: {why}", retryable=True)
+            self._halt.sleep(self._delays[max(idle - 1, 0)])
+
+    def _stream(self) -> bool:
+        """One request, from where we are; whether its body came to its end."""
+        headers = {"accept-encoding": "identity"}
+        if self._size:
+            headers["range"] = f"bytes={self._size}-"
+        with self._session.get(self._url, headers=headers, stream=True, timeout=TIMEOUT) as answer:
+            self._aim(answer)
+            with self._part.open("ab") as part:
+                self._copy(answer, part)
+        return self._complete() or not self._wanted.bytes
+
+    def _aim(self, answer: requests.Response) -> None:
+        """See where the body begins: at our end, or (range not understood) at the start.
+
+        Raises: _Refusal, _Wrong.
+        """
+        status = answer.status_code
+        total = _total(answer)
+        if total is not None and self._wanted.bytes not in (0, total):
+            raise _Wrong(f"{total} bytes are there where {self._wanted.bytes} were promised")
+        if status == 206 and _range_start(answer) == self._size:
+            return
+        if status in (200, 206, 416):
+            self._restart()
+        if status != 200:
+            raise _Refusal(status)
+
+    def _restart(self) -> None:
+        with self._part.open("wb"):
+            self._hash, self._size = hashlib.sha256(), 0
+
+    def _copy(self, answer: requests.Response, part: BinaryIO) -> None:
+        for chunk in answer.iter_content(CHUNK):
+            self._halt.check()
+            part.write(chunk)
+            self._grow(chunk)
+            self._tell(self._size)
+            if 0 < self._wanted.bytes < self._size:
+                return  # longer than promised: no need to see how much longer
+
+
+class _Refusal(Exception):
+    def __init__(self, status: int) -> None:
+        super().__init__(status)
+        self.status = status
+
+
+class _Wrong(Exception):
+    """What is offered cannot be what was promised."""
+
+
+def _number(text: str) -> int | None:
+    return int(text) if text.isascii() and text.isdigit() else None
+
+
+def _range_start(answer: requests.Response) -> int | None:
+    unit, _, rest = answer.headers.get("content-range", "").partition(" ")
+    return _number(rest.partition("-")[0]) if unit == "bytes" else None
+
+
+def _total(answer: requests.Response) -> int | None:
+    """The length of the whole file, as far as the answer says it."""
+    if answer.status_code in (206, 416):
+        return _number(answer.headers.get("content-range", "").partition("/")[2])
+    if answer.status_code == 200 and "content-encoding" not in answer.headers:
+        return _number(answer.headers.get("content-length", ""))
+    return None
+
+
+# --- the dataset's zip ------------------------------------------------------------------------
+
+MAX_ENTRIES = 10_000
+MAX_TOTAL = 5 << 30
+MAX_RATIO = 100
+#: Entries smaller than this may be packed as tightly as they like (bytes).
+RATIO_FROM = 1 << 20
+MAX_DIRECTORY = 16 << 20
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+
+
+def _unsafe(message: str) -> Fault:
+    return Fault("dataset.unsafe", message, retryable=False)
+
+
+def _corrupt(message: str) -> Fault:
+    return Fault("dataset.corrupt", message, retryable=False)
+
+
+def unpack(
+    path: Path, target: Path, *, halt: Halt, progress: Progress, max_total: int = MAX_TOTAL
+) -> int:
+    """Unpack the dataset to the new folder `target`; the number of its images.
+
+    Names, kinds and number of entries are looked at before the first byte is written; sizes are
+    counted on what really comes out. `target` appears only when all of it is there.
+
+    Raises:
+        Fault: `dataset.corrupt`, `dataset.unsafe`, `dataset.empty` or `disk.full`.
+        Halted: the work was told to end.
+    """
+    growing = target.with_name(target.name + ".part")
+    shutil.rmtree(growing, ignore_errors=True)
+    shutil.rmtree(target, ignore_errors=True)
+    try:
+        _check_directory_size(path)
+        with disk_faults(), zipfile.ZipFile(path) as archive:
+            entries = _checked(archive.infolist(), max_total)
+            _extract(archive, entries, growing, halt, progress, max_total)
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, struct.error) as error:
+        raise _corrupt(f"the dataset's zip cannot be read: {error}") from None
+    growing.replace(target)
+    return sum(name.suffix.lower() in IMAGE_SUFFIXES for name in entries)
+
+
+def _check_directory_size(path: Path) -> None:
+    """Look at the zip's last record by ourselves: `ZipFile` would read any directory whole."""
+    with path.open("rb") as stream:
+        stream.seek(max(0, path.stat().st_size - (1 << 16) - 22))
+        tail = stream.read()
+    at = tail.rfind(b"PK\x05\x06")
+    if at < 0 or len(tail) - at < 22:
+        raise _corrupt("the dataset is no zip, or its end is missing")
+    entries, directory = struct.unpack_from("<HI", tail, at + 10)
+    if entries > MAX_ENTRIES:
+        raise _unsafe(f"the dataset's zip has {entries} entries or more; {MAX_ENTRIES} may be")
+    if directory > MAX_DIRECTORY:
+        raise _unsafe("the directory of the dataset's zip is absurdly long")
+
+
+def _checked(
+    entries: Sequence[zipfile.ZipInfo], max_total: int
+) -> dict[PurePosixPath, zipfile.ZipInfo]:
+    """The files to unpack by their path within the dataset."""
+    if len(entries) > MAX_ENTRIES:
+        raise _unsafe(f"the dataset's zip has {len(entries)} entries; {MAX_ENTRIES} may be")
+    files: dict[PurePosixPath, zipfile.ZipInfo] = {}
+    seen: set[str] = set()
+    folders: set[str] = set()
+    for entry in entries:
+        name = _safe_name(entry)
+        folders.update(_same(parent) for parent in name.parents if parent.name)
+        if entry.is_dir():
+            folders.add(_same(name))
+            continue
+        if _same(name) in seen:
+            raise _unsafe(f"{entry.filename!r} is in the dataset's zip twice")
+        seen.add(_same(name))
+        files[name] = entry
+    if clash := seen & folders:
+        raise _unsafe(f"{min(clash)!r} is both a file and a folder in the dataset's zip")
+    if sum(entry.file_size for entry in files.values()) > max_total:
+        raise _unsafe(f"the dataset unpacks to more than {max_total} bytes")
+    if not any(name.suffix.lower() in IMAGE_SUFFIXES for name in files):
+        raise Fault("dataset.empty", "there is no image in the dataset's zip", retryable=False)
+    return files
+
+
+def _same(name: PurePosixPath) -> str:
+    """Equal for names that some file system takes for one."""
+    return unicodedata.normalize("NFC", str(name)).casefold()
+
+
+def _safe_name(entry: zipfile.ZipInfo) -> PurePosixPath:
+    raw = entry.orig_filename
+    parts = raw.replace("\\", "/").rstrip("/").split("/")
+    if (
+        not raw
+        or any(
+            part in ("", ".", "..") or len(part.encode("utf-8", "replace")) > 255 for part in parts
+        )
+        or ":" in parts[0]
+        or not raw.isprintable()
+    ):
+        raise _unsafe(f"{raw[:200]!r} is no path to unpack to")
+    if stat.S_IFMT(entry.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
+        raise _unsafe(f"{raw[:200]!r} is a link or a device")
+    if entry.flag_bits & 0x1:
+        raise _corrupt(f"{raw[:200]!r} is encrypted")
+    return PurePosixPath(*parts)
+
+
+def _extract(
+    archive: zipfile.ZipFile,
+    entries: dict[PurePosixPath, zipfile.ZipInfo],
+    folder: Path,
+    halt: Halt,
+    progress: Progress,
+    max_total: int,
+) -> None:
+    tell = _Paced(progress, len(entries))
+    total = 0
+    for number, (name, entry) in enumerate(entries.items()):
+        tell(number)
+        goal = folder / name
+        goal.parent.mkdir(parents=True, exist_ok=True)
+        size = 0
+        with archive.open(entry) as source, goal.open("xb") as sink:
+            while chunk := source.read(CHUNK):
+                halt.check()
+                size += len(chunk)
+                total += len(chunk)
+                if total > max_total:
+                    raise _unsafe(f"the dataset unpacks to more than {max_total} bytes")
+                if size > max(RATIO_FROM, MAX_RATIO * entry.compress_size):
+                    raise _unsafe(f"{entry.filename!r} unpacks to over {MAX_RATIO} times its size")
+                sink.write(chunk)
+    tell(len(entries), final=True)
+
+
+# --- models -----------------------------------------------------------------------------------
+
+MAX_HEADER = 100_000_000
+#: Bytes of one element; a dtype that is not here has its shape unchecked.
+ITEM_BYTES = {
+    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2,
+    "U16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
+}  # fmt: skip
+
+
+def check_safetensors(path: Path) -> int:
+    """Look at a model's header; the number of its tensors.
+
+    Raises:
+        Fault: `model.unsafe` for a pickle, for anything else that is no safetensors file, and
+            for one that is shorter or longer than its header says.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        head = stream.read(8)
+        (length,) = struct.unpack("<Q", head) if len(head) == 8 else (0,)
+        if not 2 <= length <= min(MAX_HEADER, size - 8):
+            raise _no_model(head, "its header does not fit into it")
+        text = stream.read(length)
+    try:
+        header = json.loads(text)
+        end = _contiguous(header)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise _no_model(head, "its header cannot be read") from None
+    if end != size - 8 - length:
+        raise _no_model(b"", f"its tensors end at byte {8 + length + end} of {size}")
+    return len(header) - ("__metadata__" in header)
+
+
+def _no_model(head: bytes, why: str) -> Fault:
+    if head.startswith(b"PK\x03\x04") or head[:1] == b"\x80":
+        why = "it is a pickle, which could run any program; only safetensors are taken"
+    return Fault(
+        "model.unsafe", f"the base model is no whole safetensors file: {why}", retryable=False
+    )
+
+
+def _contiguous(header: dict[str, Any]) -> int:
+    """Where the last tensor ends. Raises ValueError (or a lookup's error) for any flaw."""
+    spans = []
+    for name, tensor in header.items():
+        if name == "__metadata__":
+            continue
+        begin, end = tensor["data_offsets"]
+        count = math.prod(tensor["shape"])
+        item = ITEM_BYTES.get(tensor["dtype"])
+        if not all(type(number) is int and number >= 0 for number in (begin, end, count)):
+            raise ValueError(name)
+        if end < begin or (item is not None and end - begin != count * item):
+            raise ValueError(name)
+        spans.append((begin, end))
+    at = 0
+    for begin, end in sorted(spans):
+        if begin != at:
+            raise ValueError("a hole or an overlap")
+        at = end
+    if not spans:
+        raise ValueError("no tensors")
+    return at

@@ -1,0 +1,380 @@
+"""The job itself: GPU, files, trainer, uploads. Raises what ends it; reports what it reaches."""
+
+from __future__ import annotations
+
+import json
+import logging
+import queue
+import re
+import shutil
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gpu_agent import pull
+from gpu_agent.courier import Courier
+from gpu_agent.gpu import probe
+from gpu_agent.halt import Fault, Halt
+from gpu_agent.methods import Method, Paths
+from gpu_agent.methods.process import Trainer
+from gpu_agent.methods.requirements import install
+from gpu_agent.push import Files, Upload
+from gpu_agent.wire import Download, Fact, JobSpec, Order
+
+log = logging.getLogger(__name__)
+#: What the trainer (or pip) says goes here.
+spoken = logging.getLogger("gpu_agent.trainer")
+
+#: How a trainer ends that was told to stop and saved its state.
+STOPPED = 75
+_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*")
+_ABOUT = ("loss_first", "loss_best", "best_step", "label")
+
+Report = Callable[[Fact, Mapping[str, Any]], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patience:
+    """How long is waited (seconds)."""
+
+    #: Between tries of a download or an upload that bring nothing; then it is a fault.
+    file_delays: Sequence[float] = pull.DELAYS
+    #: From SIGTERM to SIGKILL, for a trainer that is not needed any more.
+    stop_grace_s: float = 3.0
+    #: Between looks at what else there is.
+    tick_s: float = 0.1
+
+
+class Side:
+    """Work on a thread beside the main one; puts itself into `ended` when it is over."""
+
+    def __init__(self, name: str, work: Callable[[], Any], ended: queue.SimpleQueue[Side]) -> None:
+        self.result: Any = None
+        self.error: Exception | None = None
+        self._work, self._ended = work, ended
+        threading.Thread(target=self._run, name=name, daemon=True).start()
+
+    def _run(self) -> None:
+        try:
+            self.result = self._work()
+        except Exception as error:  # noqa: BLE001 -- raised again by whoever waits
+            self.error = error
+        self._ended.put(self)
+
+
+class Work:
+    """One attempt, from `gpu.ready` to `weights.uploaded`.
+
+    Args:
+        home: a folder for everything; what an earlier run of the agent left there is used.
+        files: makes a `Files`; each thread takes one of its own.
+        log_tail: the last lines of the log, the trainer's among them.
+    """
+
+    def __init__(
+        self,
+        spec: JobSpec,
+        home: Path,
+        method: Method,
+        *,
+        report: Report,
+        halt: Halt,
+        files: Callable[[], Files],
+        log_tail: Callable[[], list[str]],
+        patience: Patience,
+    ) -> None:
+        self._log_tail = log_tail
+        self._spec, self._home, self._method = spec, home, method
+        self._report, self._halt, self._files = report, halt, files
+        self._patience = patience
+        self._orders: queue.SimpleQueue[Order] = queue.SimpleQueue()
+        self._result: dict[str, Any] | None = None
+        self._courier = Courier(files, report=report, halt=halt)
+        self.phase = "starting"
+
+    def obey(self, order: Order) -> None:
+        """Pass an order to the trainer as soon as there is one. May be called by any thread."""
+        self._orders.put(order)
+
+    def do(self) -> None:
+        """Do it all.
+
+        Raises:
+            Fault: it cannot go on.
+            Halted: it was told to end.
+        """
+        self._report(Fact.GPU_READY, probe())
+        paths = self._prepare()
+        self._result = self._kept_result()
+        if self._result is None:
+            self.phase = "training"
+            self._train(paths)
+        self.phase = "uploading"
+        self._report(Fact.WEIGHTS_UPLOADED, self._beside([("upload", self._upload)])[0])
+        self.phase = "done"
+
+    # --- files ---------------------------------------------------------------------------------
+
+    def _prepare(self) -> Paths:
+        """Everything that the trainer needs, all of it at the same time."""
+        self.phase = "preparing"
+        spec, home = self._spec, self._home
+        work, output = home / "work", home / "output"
+        for folder in (work, output):
+            folder.mkdir(exist_ok=True)
+        resumed = sum(item.bytes for item in spec.resume)
+        pull.check_space(home, 2 * spec.dataset.bytes + spec.base.bytes + resumed)
+        images, base, resume, _ = self._beside(
+            [
+                ("images", self._pull_images),
+                ("base", self._pull_base),
+                ("resume", self._pull_resume),
+                ("requirements", self._install),
+            ]
+        )
+        return Paths(base=base, images=images, output=output, work=work, resume=resume)
+
+    def _beside(self, works: Sequence[tuple[str, Callable[[], Any]]]) -> list[Any]:
+        """The results of `works`, done at the same time. The first that fails ends the wait."""
+        ended: queue.SimpleQueue[Side] = queue.SimpleQueue()
+        sides = [Side(name, work, ended) for name, work in works]
+        for _ in sides:
+            while True:
+                try:
+                    side = ended.get(timeout=self._patience.tick_s)
+                    break
+                except queue.Empty:
+                    # not waited for: a thread may hang in a read for half a minute
+                    self._halt.check()
+            if side.error is not None:
+                raise side.error
+        return [side.result for side in sides]
+
+    def _pull(
+        self, what: str, download: Download, path: Path, mismatch: str, fact: Fact | None
+    ) -> Path:
+        files = self._files()
+
+        def progress(done: int, total: int) -> None:
+            if fact is not None:
+                self._report(fact, {"bytes": done, "bytes_total": total})
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return pull.pull(
+            download,
+            path,
+            fresh=lambda: files.fresh(what),
+            halt=self._halt,
+            progress=progress,
+            mismatch=mismatch,
+            delays=self._patience.file_delays,
+        )
+
+    def _pull_images(self) -> Path:
+        images = self._home / "images"
+        if images.exists():  # it appears only when it is whole
+            self._report(Fact.IMAGES_READY, {})
+            return images
+        archive = self._pull(
+            "dataset",
+            self._spec.dataset,
+            self._home / "dataset.zip",
+            "dataset.corrupt",
+            Fact.IMAGES_PROGRESS,
+        )
+        count = pull.unpack(
+            archive,
+            images,
+            halt=self._halt,
+            progress=lambda done, total: self._report(
+                Fact.IMAGES_PROGRESS, {"files": done, "files_total": total}
+            ),
+        )
+        archive.unlink()
+        self._report(Fact.IMAGES_READY, {"images": count, "bytes": self._spec.dataset.bytes})
+        return images
+
+    def _pull_base(self) -> Path:
+        download = self._spec.base
+        name = re.sub(r"[^A-Za-z0-9._-]", "_", download.name)[-100:].lstrip(".") or "base"
+        path = self._home / "base" / (name.removesuffix(".safetensors") + ".safetensors")
+        self._pull("base", download, path, "model.checksum", Fact.MODEL_PROGRESS)
+        tensors = pull.check_safetensors(path)
+        self._report(Fact.MODEL_READY, {"bytes": path.stat().st_size, "tensors": tensors})
+        return path
+
+    def _pull_resume(self) -> Path | None:
+        """The checkpoint to go on from: this machine's own after a restart, else the spec's."""
+        kept = self._home / "checkpoint"
+        if kept.exists() and (own := Path(kept.read_text())).is_dir():
+            return own
+        folder = self._home / "resume"
+        try:
+            for item in self._spec.resume:
+                name = _relative(item.name)
+                self._pull("resume", item, folder / name, "checkpoint.corrupt", None)
+        except Fault as fault:
+            if fault.code != "checkpoint.corrupt":
+                raise
+            log.warning("the checkpoint cannot be used, training starts anew: %s", fault.message)
+            return None
+        return folder if self._spec.resume else None
+
+    def _install(self) -> None:
+        install(
+            self._method.requirements,
+            work=self._home / "work",
+            halt=self._halt,
+            on_text=spoken.info,
+        )
+
+    # --- training ------------------------------------------------------------------------------
+
+    def _train(self, paths: Paths) -> None:
+        launch = self._method.launch(self._spec, paths)
+        self._report(Fact.FILES_POSITIONED, {"resumed": paths.resume is not None})
+        trainer = Trainer(self._method, launch, cwd=paths.work, on_text=spoken.info)
+        try:
+            code = self._follow(trainer)
+        finally:
+            trainer.stop(self._patience.stop_grace_s)
+        if self._result is None or code != 0:
+            raise _crash(code, self._log_tail())
+        (self._home / "result.json").write_text(json.dumps(self._result))
+        self._report(Fact.TRAINING_COMPLETED, _about(self._result))
+
+    def _follow(self, trainer: Trainer) -> int:
+        """Take what the trainer says until it has ended; its exit code."""
+        while True:
+            self._halt.check()
+            while not self._orders.empty():
+                trainer.order(str(self._orders.get()))
+            event = trainer.next(self._patience.tick_s)
+            if event is not None:
+                self._take(event)
+            elif (code := trainer.exit_code) is not None:
+                return code
+
+    def _take(self, event: Mapping[str, Any]) -> None:
+        """Turn one event into a fact. Whatever does not fit goes to the log."""
+        said = {key: value for key, value in event.items() if key not in ("event", "path")}
+        match event["event"]:
+            case "started":
+                self._report(Fact.TRAINING_STARTED, said)
+            case "progress":
+                self._report(Fact.TRAINING_PROGRESS, said)
+            case "validation":
+                self._report(Fact.TRAINING_PROGRESS, _validation(said))
+            case "checkpoint" if (path := self._own(event.get("path"))) and path.is_dir():
+                (self._home / "checkpoint").write_text(str(path))
+                self._courier.checkpoint(path, said)
+            case "sample" if (path := self._own(event.get("path"))) and path.is_file():
+                self._courier.sample(path, said)
+            case "completed":
+                self._result = dict(event)
+            case "error":
+                raise Fault(
+                    str(event.get("code") or "trainer.crashed")[:100],
+                    str(event.get("message") or "the trainer failed")[:2000],
+                    retryable=event.get("retryable") is not False,
+                )
+            case _:
+                spoken.info("%s", json.dumps(event))
+
+    def _own(self, text: object) -> Path | None:
+        """A path below the trainer's folders, or None."""
+        if not isinstance(text, str) or "\x00" in text:
+            return None
+        path = Path(text).resolve()
+        homes = ((self._home / name).resolve() for name in ("work", "output"))
+        return path if any(path.is_relative_to(home) for home in homes) else None
+
+    # --- uploads -------------------------------------------------------------------------------
+
+    def _kept_result(self) -> dict[str, Any] | None:
+        """What the trainer left before the agent was started again."""
+        try:
+            return dict(json.loads((self._home / "result.json").read_text()))
+        except (OSError, ValueError):
+            return None
+
+    def _upload(self) -> dict[str, Any]:
+        """What `weights.uploaded` says, once it is true."""
+        result = self._result or {}
+        files = self._files()
+        stored = [files.upload(item) for item in self._uploads(result)]
+        stored += self._courier.finish()
+        if log_file := self._log_copy():
+            try:
+                stored.append(files.upload(log_file))
+            except Fault as fault:
+                log.warning("the log is not uploaded: %s", fault.message)
+        return {"files": [item.to_dict() for item in stored], **_about(result)}
+
+    def _uploads(self, result: Mapping[str, Any]) -> list[Upload]:
+        """Raises: Fault, when the trainer's list is nonsense."""
+        listed = result.get("files")
+        uploads = []
+        for item in listed if isinstance(listed, list) else []:
+            name = item.get("name") if isinstance(item, dict) else None
+            path = self._own(item.get("path")) if isinstance(item, dict) else None
+            if not isinstance(name, str) or not _NAME.fullmatch(name):
+                raise _no_result(f"{name!r} is no name for a file")
+            if path is None or not path.is_file() or path.stat().st_size == 0:
+                raise _no_result(f"{name} is not there")
+            uploads.append(Upload(name=name, path=path))
+        if not uploads:
+            raise _no_result("it named no files")
+        return uploads
+
+    def _log_copy(self) -> Upload | None:
+        """The log as it is now: it grows on while it is being uploaded."""
+        source, copy = self._home / "agent.log", self._home / "training.log"
+        if not source.exists() or not source.stat().st_size:
+            return None
+        shutil.copyfile(source, copy)
+        return Upload(name="training.log", path=copy)
+
+
+def _no_result(why: str) -> Fault:
+    return Fault("trainer.crashed", f"the trainer's result cannot be used: {why}", retryable=True)
+
+
+def _about(result: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: result[key] for key in _ABOUT if key in result}
+
+
+def _validation(said: Mapping[str, Any]) -> dict[str, Any]:
+    """A validation as progress: its latest values, and a point of the series."""
+    step, loss, stderr = (said.get(key) for key in ("step", "loss", "stderr"))
+    point = {"step": step, "validation_loss": loss, "validation_stderr": stderr}
+    return {"validation_loss": loss, "validation_stderr": stderr, "points": [point]}
+
+
+def _relative(name: str) -> Path:
+    """`checkpoints/00000200-a1b2c3/lora.safetensors` → `lora.safetensors`. Raises: Fault."""
+    parts = name.split("/")
+    inside = parts[2:] if parts[0] == "checkpoints" and len(parts) > 2 else parts
+    if not _NAME.fullmatch("/".join(inside)):
+        raise Fault("checkpoint.corrupt", f"{name!r} is no name for a file", retryable=False)
+    return Path(*inside)
+
+
+def _crash(code: int, last_lines: Sequence[str]) -> Fault:
+    """A trainer's end without a result."""
+    said = "\n".join(last_lines).lower()
+    if "out of memory" in said or "outofmemory" in said:
+        return Fault("trainer.oom", "the trainer ran out of memory", retryable=True)
+    if code == -9:
+        why = "was killed (signal 9); perhaps the machine ran out of memory"
+    elif code < 0:
+        why = f"was killed (signal {-code})"
+    elif code == STOPPED:
+        why = "stopped before it was done"
+    elif code == 0:
+        why = "ended without a result"
+    else:
+        why = f"ended with {code}"
+    return Fault("trainer.crashed", f"the trainer {why}", retryable=True)

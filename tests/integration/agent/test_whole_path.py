@@ -1,0 +1,33 @@
+"""From hello to the machine given back, with a trainer of a few lines."""
+
+from __future__ import annotations
+
+import hashlib
+
+
+def test_a_job_is_trained_uploaded_and_its_machine_given_back(stoker, start):
+    agent = start()
+    assert agent.join() == 0
+    milestones = stoker.milestones()
+    assert milestones[0] == "gpu.ready"
+    assert {"images.ready", "model.ready"} < set(milestones[: milestones.index("files.positioned")])
+    assert milestones[milestones.index("files.positioned") :] == [
+        "files.positioned",
+        "training.started",
+        "training.progress",
+        "training.completed",
+        "weights.uploaded",
+    ]
+    assert stoker.destroyed.is_set()
+    uploaded = stoker.report("weights.uploaded").data
+    assert uploaded["loss_first"] == 0.9
+    assert uploaded["loss_best"] == 0.4
+    assert uploaded["best_step"] == 2
+    named = {item["name"]: item for item in uploaded["files"]}
+    assert stoker.uploads["lora.safetensors"] == b"result"
+    assert named["lora.safetensors"] == {
+        "name": "lora.safetensors",
+        "bytes": 6,
+        "sha256": hashlib.sha256(b"result").hexdigest(),
+    }
+    assert [report.seq for report in stoker.reports] == list(range(1, len(stoker.reports) + 1))
