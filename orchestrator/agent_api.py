@@ -13,7 +13,7 @@ from typing import Any
 from flask import Blueprint, Response, jsonify, request
 
 from gpu_agent import wire
-from orchestrator import logs
+from infra import logs
 from orchestrator.api.problems import Refusal
 from orchestrator.attempt_auth import AttemptAuth
 from orchestrator.deps import Deps
@@ -344,8 +344,8 @@ class FileDesk:
     ) -> Iterable[tuple[str, dict[str, Any]]]:
         for name, size, _ in files:
             key = attempt_key(job_id, number, name)
-            url, headers = self._deps.storage.presign_put(key, bytes=size, expires_s=URL_SPAN_S)
-            yield name, {"url": url, "headers": dict(headers)}
+            upload = self._deps.storage.presign_put(key, bytes=size, expires_s=URL_SPAN_S)
+            yield name, {"url": upload.url, "headers": dict(upload.headers)}
 
 
 # --- routes -----------------------------------------------------------------------------------

@@ -15,11 +15,20 @@ from state.job import JobRequest
 from state.store import Store
 
 
+class Upload(Protocol):
+    """A PUT to make, and the headers that must come with it."""
+
+    @property
+    def url(self) -> str: ...
+    @property
+    def headers(self) -> Mapping[str, str]: ...
+
+
 class Storage(Protocol):
     """What the edge asks of the object store: URLs, never bytes."""
 
-    def presign_put(self, key: str, *, bytes: int, expires_s: int) -> tuple[str, Mapping[str, str]]:
-        """A URL for one PUT of exactly `bytes`, and the headers that must come with it."""
+    def presign_put(self, key: str, *, bytes: int, expires_s: int) -> Upload:
+        """One PUT of exactly `bytes`."""
 
     def presign_get(self, key: str, *, expires_s: int) -> str:
         """A URL for GETs of `key`."""

@@ -9,7 +9,7 @@ from typing import Any
 from flask import Blueprint, Response, jsonify
 
 from gpu_agent import wire
-from orchestrator import logs
+from infra import logs
 from orchestrator.api.problems import Refusal, respond
 from orchestrator.deps import Deps
 from orchestrator.metrics import CONTENT_TYPE, Metrics

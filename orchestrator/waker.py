@@ -10,7 +10,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterable
 
-from orchestrator import logs
+from infra import logs
 
 _log = logs.logger(__name__)
 #: More wake-ups than this wait for nobody: the reconcile pass will find the work.

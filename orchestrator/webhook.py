@@ -14,7 +14,7 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 from gpu_agent import wire
-from orchestrator import logs
+from infra import logs
 from orchestrator.api import problems
 from orchestrator.api.ids import new_id
 from orchestrator.attempt_auth import AttemptAuth

@@ -53,11 +53,16 @@ def uploads(
     for index, item in enumerate(dataset.files):
         if names is not None and item["name"] not in names:
             continue
-        url, headers = deps.storage.presign_put(
+        upload = deps.storage.presign_put(
             upload_key(dataset.id, index), bytes=item["bytes"], expires_s=UPLOAD_SPAN_S
         )
         made.append(
-            schemas.Upload(name=item["name"], url=url, headers=dict(headers), expires_at=expires_at)
+            schemas.Upload(
+                name=item["name"],
+                url=upload.url,
+                headers=dict(upload.headers),
+                expires_at=expires_at,
+            )
         )
     return made
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field, ValidationError
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
 from gpu_agent import wire
-from orchestrator import logs
+from infra import logs
 from state import errors
 
 MIMETYPE = "application/problem+json"

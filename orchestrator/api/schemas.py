@@ -145,9 +145,8 @@ class WebhookIn(In):
 
     url: Annotated[str, Field(min_length=1, max_length=2048)]
     secret: (
-        Annotated[str, Field(max_length=128, pattern=r"^whsec_[A-Za-z0-9+/]+={0,2}$", repr=False)]
-        | None
-    ) = None
+        Annotated[str, Field(max_length=128, pattern=r"^whsec_[A-Za-z0-9+/]+={0,2}$")] | None
+    ) = Field(default=None, repr=False)
 
 
 MetadataKey = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,40}$")]
