@@ -2,5 +2,6 @@
 
 from infra.embedded.errors import EmbeddedError
 from infra.embedded.group import Progress, Running, running, start
+from infra.embedded.program import Program
 
-__all__ = ["EmbeddedError", "Progress", "Running", "running", "start"]
+__all__ = ["EmbeddedError", "Program", "Progress", "Running", "running", "start"]

@@ -16,20 +16,18 @@ import json
 import os
 import shutil
 import socket
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self, cast
+from typing import Any, Self
 
 from infra.embedded import postgres, redis, s3
 from infra.embedded.errors import EmbeddedError
 from infra.embedded.program import Program
 from infra.embedded.secrets import Secrets
+from infra.embedded.supervisor import Supervisor
 from infra.settings import Settings
 from state.events import Secret
 
@@ -37,8 +35,6 @@ from state.events import Secret
 Progress = Callable[[str, str], None]
 
 _NEEDED_BYTES = 1_000_000_000
-_READY_S = 60.0
-_CLOSE_S = 15.0
 _POLL_S = 0.05
 _PORT_NAMES = ("postgresql", "redis", "account", "container", "object", "proxy")
 
@@ -77,10 +73,10 @@ def start(
         seconds = group.start(wanted)
         filled = group.fill(wanted)
         _write_private(root / "running.json", json.dumps(_public(filled)))
-        return Running(filled, group, lock, seconds)
+        return Running(filled, group.supervisor, lock, seconds)
     except BaseException:
         if group is not None:
-            group.close()
+            group.supervisor.close()
         os.close(lock)
         raise
 
@@ -125,26 +121,32 @@ class Running:
     def __init__(
         self,
         settings: Settings,
-        group: _Group | None,
+        supervisor: Supervisor | None,
         lock: int | None,
         seconds: Mapping[str, float],
     ) -> None:
         self.settings = settings
         self.seconds = dict(seconds)
-        self._group, self._lock = group, lock
+        self._supervisor, self._lock = supervisor, lock
 
     @property
     def pids(self) -> dict[str, int]:
         """Of the supervisor and of each server, by name."""
-        return self._group.pids if self._group else {}
+        return self._supervisor.pids if self._supervisor else {}
+
+    def run(self, program: Program) -> None:
+        """Run one more program beside the servers: restarted when it ends, gone when we are."""
+        if self._supervisor is None:
+            self._supervisor = Supervisor()
+        self._supervisor.launch(program)
 
     def close(self) -> None:
-        """End the servers in good order. May be called again."""
-        group, self._group = self._group, None
-        if group is None:
+        """End everything in good order. May be called again."""
+        supervisor, self._supervisor = self._supervisor, None
+        if supervisor is None:
             return
         (self.settings.data_dir / "running.json").unlink(missing_ok=True)
-        group.close()
+        supervisor.close()
         if self._lock is not None:
             os.close(self._lock)
 
@@ -174,27 +176,7 @@ class _Group:
     ) -> None:
         self._root, self._secrets, self._ports = root, secrets, ports
         self._settings, self._progress = settings, progress
-        self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(Path(__file__).with_name("supervise.py"))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            # it holds the lock too: a next Stoker waits until this one's servers are gone
-            pass_fds=(lock,),
-            start_new_session=True,
-        )
-        # both are pipes, as asked for
-        self._orders = cast(IO[bytes], self._process.stdin)
-        self._reports = cast(IO[bytes], self._process.stdout)
-        self._changed = threading.Condition()
-        self._alive: dict[str, int] = {}
-        self._ended: dict[str, dict[str, Any]] = {}
-        self._listener = threading.Thread(target=self._listen, name="embedded", daemon=True)
-        self._listener.start()
-
-    @property
-    def pids(self) -> dict[str, int]:
-        with self._changed:
-            return {"supervisor": self._process.pid, **self._alive}
+        self.supervisor = Supervisor(hold=lock)
 
     def start(self, names: list[str]) -> dict[str, float]:
         verbs = {
@@ -236,32 +218,22 @@ class _Group:
             )
         return settings
 
-    def close(self) -> None:
-        self._orders.close()
-        try:
-            self._process.wait(_CLOSE_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._listener.join(1.0)
-        self._reports.close()
-
     def _start_postgres(self) -> None:
         root, port = self._root / "postgresql", self._ports["postgresql"]
         password = self._secrets.database_password
         if not postgres.data(root).exists():
             self._progress("postgresql", "installing")
-            self._run_once(postgres.initialise(root, password=password))
+            self.supervisor.run_once(postgres.initialise(root, password=password))
             postgres.adopt(root)
         program = postgres.configure(root, port)
-        self._launch(program)
-        self._until(program, lambda: postgres.ready(port, password=password))
+        self.supervisor.launch(program)
+        self.supervisor.until(program, lambda: postgres.ready(port, password=password))
 
     def _start_redis(self) -> None:
         password, port = self._secrets.redis_password, self._ports["redis"]
         program = redis.configure(self._root / "redis", port, password=password)
-        self._launch(program)
-        self._until(program, lambda: redis.ready(port, password=password))
+        self.supervisor.launch(program)
+        self.supervisor.until(program, lambda: redis.ready(port, password=password))
 
     def _start_s3(self) -> None:
         s3.check_possible(self._root)
@@ -273,54 +245,8 @@ class _Group:
             secret_key=self._secrets.s3_secret_key,
             region=self._settings.s3_region,
         )
-        self._launch(program)
-        self._until(program, lambda: s3.ready(ports["proxy"]))
-
-    def _launch(self, program: Program) -> None:
-        line = json.dumps({"start": program.to_json()}) + "\n"
-        with self._changed:
-            self._orders.write(line.encode())
-            self._orders.flush()
-
-    def _run_once(self, program: Program) -> None:
-        self._launch(program)
-        with self._changed:
-            self._changed.wait_for(lambda: program.name in self._ended, _READY_S)
-            ended = self._ended.get(program.name)
-        if ended is None or ended["code"] != 0:
-            raise self._failed(program)
-
-    def _until(self, program: Program, ready: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + _READY_S
-        while not ready():
-            with self._changed:
-                dead = program.name in self._ended
-            if dead or time.monotonic() > deadline:
-                raise self._failed(program)
-            time.sleep(_POLL_S)
-
-    def _failed(self, program: Program) -> EmbeddedError:
-        with self._changed:
-            ended = self._ended.get(program.name)
-        how = (
-            f"ended with code {ended['code']}" if ended else f"is not ready after {_READY_S:.0f} s"
-        )
-        why = (ended or {}).get("error") or _last_line(program.log)
-        return EmbeddedError(
-            f"{program.name} {how}: {why}" if why else f"{program.name} {how}",
-            f"its log is {program.log}",
-        )
-
-    def _listen(self) -> None:
-        for raw in self._reports:
-            line = json.loads(raw)
-            with self._changed:
-                if line["event"] == "started":
-                    self._alive[line["name"]] = line["pid"]
-                else:
-                    self._alive.pop(line["name"], None)
-                    self._ended[line["name"]] = line
-                self._changed.notify_all()
+        self.supervisor.launch(program)
+        self.supervisor.until(program, lambda: s3.ready(ports["proxy"]))
 
 
 def _prepare(root: Path, needed_bytes: int) -> Path:
@@ -396,14 +322,6 @@ def _bind(port: int) -> socket.socket:
             continue
         return listener
     raise EmbeddedError("there is no free port on 127.0.0.1", "end some programs")
-
-
-def _last_line(log: Path) -> str:
-    try:
-        lines = log.read_text(errors="replace")[-4000:].split("\n")
-    except OSError:
-        return ""
-    return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
 def _public(settings: Settings) -> dict[str, Any]:
