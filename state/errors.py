@@ -80,7 +80,14 @@ class Unreadable(ProviderError):
 
 
 class StorageError(StokerError):
-    """The object store could not be asked, or holds something else than expected."""
+    """The object store could not be asked, or holds something else than expected.
+
+    `code` is for programs; `retryable` is false when asking again cannot help.
+    """
+
+    def __init__(self, message: str, *, code: str = "storage", retryable: bool = True) -> None:
+        super().__init__(message)
+        self.code, self.retryable = code, retryable
 
 
 class StoreUnavailable(StokerError):
