@@ -1,0 +1,654 @@
+"""The store in memory: for tests, and for simulations of a hundred thousand jobs.
+
+Transactions run one at a time under a lock, so nobody sees half of one. Every change notes what
+was there before, and a transaction that raises puts it all back, newest first: what a transaction
+costs depends on what it touches, never on how much is stored. What is due is found through heaps.
+
+Values are kept as they are given, not copied: whoever stores a mapping leaves it alone afterwards.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import datetime, timedelta
+from functools import partial
+from typing import Any, Generic, TypeVar
+
+from state.errors import Conflict, NotFound
+from state.events import (
+    ApiKey,
+    Artefact,
+    Attempt,
+    Dataset,
+    Delivery,
+    Event,
+    HostRecord,
+    Idempotent,
+    Outgoing,
+    OutgoingStatus,
+    Secret,
+)
+from state.job import TERMINAL, Job, Status
+from state.lease import Lease
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+_ABSENT: Any = object()
+
+
+class Rows(dict[K, V]):
+    """Rows by key. Written only by way of `_Transaction`, which can take the writing back."""
+
+    def moved(self, key: K, old: V, new: V) -> None:
+        """`key` held `old` and holds `new` now; either may be absent."""
+
+
+class DueRows(Rows[str, V], Generic[V]):
+    """Rows with a due time, the earliest at hand.
+
+    The heap may hold entries that are no longer true; they are dropped when they come up, and all
+    at once when they are the larger part.
+    """
+
+    def __init__(self, due: Callable[[V], datetime | None]) -> None:
+        super().__init__()
+        self._due = due
+        self._heap: list[tuple[datetime, str]] = []
+
+    def moved(self, key: str, old: V, new: V) -> None:
+        when = self._when(new)
+        if when is not None and when != self._when(old):
+            self.push(key, when)
+
+    def push(self, key: str, when: datetime) -> None:
+        heapq.heappush(self._heap, (when, key))
+        if len(self._heap) > 2 * len(self) + 64:
+            self._heap = [
+                (due, name) for name, row in self.items() if (due := self._due(row)) is not None
+            ]
+            heapq.heapify(self._heap)
+
+    def take(self, now: datetime, limit: int) -> list[str]:
+        """Keys of rows due by `now`, earliest first. The caller gives each a new due time."""
+        taken: dict[str, None] = {}
+        while self._heap and self._heap[0][0] <= now and len(taken) < limit:
+            when, key = heapq.heappop(self._heap)
+            if self._when(self.get(key, _ABSENT)) == when:
+                taken[key] = None
+        return list(taken)
+
+    def _when(self, row: V) -> datetime | None:
+        return None if row is _ABSENT else self._due(row)
+
+
+def _due_at(row: Any) -> datetime | None:
+    due: datetime | None = row.due_at
+    return due
+
+
+def _itself(due: datetime | None) -> datetime | None:
+    return due
+
+
+class _Data:
+    """All tables, and the indexes over them. An index maps a key to the rows under it."""
+
+    def __init__(self) -> None:
+        self.jobs: DueRows[Job] = DueRows(_due_at)
+        self.jobs_by_status: dict[Status, Rows[str, None]] = defaultdict(Rows)
+        self.jobs_by_owner: dict[str, Rows[str, None]] = defaultdict(Rows)
+        self.jobs_by_dataset: dict[str, Rows[str, None]] = defaultdict(Rows)
+        self.webhook_secrets: Rows[str, list[Secret]] = Rows()
+        self.attempts: dict[str, Rows[int, Attempt]] = defaultdict(Rows)
+        self.tokens: Rows[str, tuple[str, int]] = Rows()
+        self.leases: DueRows[Lease] = DueRows(_due_at)
+        self.leases_by_job: dict[str, Rows[str, None]] = defaultdict(Rows)
+        self.labels: Rows[str, str] = Rows()
+        self.open_leases: Rows[tuple[str, int], str] = Rows()
+        self.events: dict[str, Rows[int, Event]] = defaultdict(Rows)
+        self.reports: Rows[tuple[str, int, int], None] = Rows()
+        self.webhook_ids: Rows[str, None] = Rows()
+        self.outgoing: Rows[str, Outgoing] = Rows()
+        self.outgoing_by_job: dict[str, Rows[str, None]] = defaultdict(Rows)
+        self.waiting: dict[str, Rows[str, int]] = defaultdict(Rows)
+        #: by job: when its first waiting row is due
+        self.next_due: DueRows[datetime | None] = DueRows(_itself)
+        self.deliveries: dict[str, Rows[int, Delivery]] = defaultdict(Rows)
+        self.numbers = itertools.count()
+        self.datasets: DueRows[Dataset] = DueRows(_due_at)
+        self.artefacts: dict[str, Rows[str, Artefact]] = defaultdict(Rows)
+        self.api_keys: Rows[str, ApiKey] = Rows()
+        self.key_hashes: Rows[str, str] = Rows()
+        self.idempotent: Rows[tuple[str, str], Idempotent] = Rows()
+        self.hosts: Rows[str, HostRecord] = Rows()
+        self.spend: Rows[str, _Spend] = Rows()
+        self.spend_by_job: dict[str, Rows[str, None]] = defaultdict(Rows)
+        self.spend_by_hour: dict[int, Rows[str, None]] = defaultdict(Rows)
+        self.beats: Rows[str, tuple[datetime, Mapping[str, Any]]] = Rows()
+
+
+#: job, time, micro-USD
+_Spend = tuple[str, datetime, int]
+
+
+def _hour(when: datetime) -> int:
+    return int(when.timestamp()) // 3600
+
+
+class MemoryStore:
+    """Everything that must not be lost, until the process ends."""
+
+    def __init__(self) -> None:
+        self._data = _Data()
+        self._lock = threading.Lock()
+        self._holder: int | None = None
+
+    @contextmanager
+    def transaction(self) -> Iterator[MemoryTransaction]:
+        """One transaction; others wait until it ends.
+
+        Raises:
+            RuntimeError: this thread is within a transaction already, and would wait for itself.
+        """
+        if self._holder == threading.get_ident():
+            raise RuntimeError("a transaction inside a transaction would wait for itself")
+        with self._lock:
+            self._holder = threading.get_ident()
+            transaction = MemoryTransaction(self._data)
+            try:
+                yield transaction
+            except BaseException:
+                transaction.roll_back()
+                raise
+            finally:
+                transaction.end()
+                self._holder = None
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class MemoryTransaction:
+    """One transaction of a `MemoryStore`; `state.store.Transaction` says what each call means."""
+
+    def __init__(self, data: _Data) -> None:
+        self._data = data
+        self._undo: list[tuple[Rows[Any, Any], Any, Any]] = []
+        self._ended = False
+
+    def roll_back(self) -> None:
+        """Put back all that was changed."""
+        for rows, key, old in reversed(self._undo):
+            now = rows.get(key, _ABSENT)
+            if old is _ABSENT:
+                del rows[key]
+            else:
+                rows[key] = old
+            rows.moved(key, now, old)
+
+    def end(self) -> None:
+        self._ended = True
+
+    # the only two ways of writing
+
+    def _put(self, rows: Rows[K, V], key: K, value: V) -> None:
+        old = rows.get(key, _ABSENT)
+        self._note(rows, key, old)
+        rows[key] = value
+        rows.moved(key, old, value)
+
+    def _drop(self, rows: Rows[K, V], key: K) -> None:
+        if key in rows:
+            self._note(rows, key, rows[key])
+            del rows[key]
+
+    def _note(self, rows: Rows[K, V], key: K, old: V) -> None:
+        if self._ended:
+            raise RuntimeError("this transaction has ended")
+        self._undo.append((rows, key, old))
+
+    # the same few things for every table
+
+    def _add(self, rows: Rows[K, V], key: K, value: V, what: str) -> None:
+        if key in rows:
+            raise Conflict(f"{what} exists already")
+        self._put(rows, key, value)
+
+    def _claim(
+        self, rows: DueRows[Any], now: datetime, until: datetime, limit: int
+    ) -> list[tuple[str, Any]]:
+        claimed = []
+        for key in rows.take(now, limit):
+            before = rows[key]
+            row = replace(before, due_at=until)
+            self._put(rows, key, row)
+            if before.due_at == until:
+                rows.push(key, until)
+            claimed.append((key, row))
+        return claimed
+
+    # jobs
+
+    def add_job(self, job: Job, *, webhook_secrets: Sequence[Secret] = ()) -> None:
+        data = self._data
+        self._add(data.jobs, job.id, job, f"job {job.id}")
+        self._put(data.jobs_by_status[job.status], job.id, None)
+        self._put(data.jobs_by_owner[job.owner], job.id, None)
+        self._put(data.jobs_by_dataset[job.request.dataset_id], job.id, None)
+        self._put(data.webhook_secrets, job.id, list(webhook_secrets))
+
+    def job(self, job_id: str, *, lock: bool = False) -> Job:
+        return _found(self._data.jobs, job_id, f"job {job_id}")
+
+    def jobs(self, ids: Collection[str], *, lock: bool = False) -> dict[str, Job]:
+        jobs = self._data.jobs
+        return {job_id: jobs[job_id] for job_id in sorted(set(ids)) if job_id in jobs}
+
+    def save_job(self, job: Job) -> None:
+        data = self._data
+        old = self.job(job.id)
+        self._put(data.jobs, job.id, job)
+        if job.status is not old.status:
+            self._drop(data.jobs_by_status[old.status], job.id)
+            self._put(data.jobs_by_status[job.status], job.id, None)
+
+    def save_jobs(self, jobs: Sequence[Job]) -> None:
+        for job in jobs:
+            self.save_job(job)
+
+    def list_jobs(
+        self,
+        *,
+        owner: str | None = None,
+        statuses: Collection[Status] = (),
+        metadata: Mapping[str, str] | None = None,
+        dataset: str | None = None,
+        before: str | None = None,
+        limit: int = 50,
+    ) -> list[Job]:
+        data = self._data
+
+        def is_wanted(job: Job) -> bool:
+            return (
+                (owner is None or job.owner == owner)
+                and (not statuses or job.status in statuses)
+                and (dataset is None or job.request.dataset_id == dataset)
+                and (before is None or job.id < before)
+                and all(job.request.metadata.get(k) == v for k, v in (metadata or {}).items())
+            )
+
+        among: Collection[str] = data.jobs
+        if dataset is not None:
+            among = data.jobs_by_dataset.get(dataset, ())
+        elif statuses:
+            among = [job for status in statuses for job in data.jobs_by_status.get(status, ())]
+        elif owner is not None:
+            among = data.jobs_by_owner.get(owner, ())
+        ids = heapq.nlargest(limit, (job_id for job_id in among if is_wanted(data.jobs[job_id])))
+        return [data.jobs[job_id] for job_id in ids]
+
+    def count_jobs(self) -> dict[Status, int]:
+        return {status: len(ids) for status, ids in self._data.jobs_by_status.items() if ids}
+
+    def claim_due_jobs(self, now: datetime, until: datetime, limit: int) -> list[Job]:
+        return [job for _, job in self._claim(self._data.jobs, now, until, limit)]
+
+    def webhook_secrets(self, job_id: str) -> list[Secret]:
+        return list(self._data.webhook_secrets.get(job_id, ()))
+
+    # attempts
+
+    def add_attempt(self, attempt: Attempt) -> None:
+        data = self._data
+        what = f"attempt {attempt.number} of job {attempt.job}"
+        if attempt.token_hash in data.tokens:
+            raise Conflict(f"{what} exists already")
+        self._add(data.attempts[attempt.job], attempt.number, attempt, what)
+        self._put(data.tokens, attempt.token_hash, (attempt.job, attempt.number))
+
+    def save_attempt(self, attempt: Attempt) -> None:
+        data = self._data
+        old = self.attempt(attempt.job, attempt.number)
+        if attempt.token_hash != old.token_hash:
+            self._drop(data.tokens, old.token_hash)
+            key = (attempt.job, attempt.number)
+            self._add(data.tokens, attempt.token_hash, key, "an attempt with this token")
+        self._put(data.attempts[attempt.job], attempt.number, attempt)
+
+    def attempt(self, job_id: str, number: int, *, lock: bool = False) -> Attempt:
+        of_job: Mapping[int, Attempt] = self._data.attempts.get(job_id, _NOTHING)
+        return _found(of_job, number, f"attempt {number} of job {job_id}")
+
+    def attempt_by_token(self, token_hash: str, *, lock: bool = False) -> Attempt | None:
+        key = self._data.tokens.get(token_hash)
+        return None if key is None else self.attempt(*key)
+
+    def list_attempts(self, job_id: str) -> list[Attempt]:
+        of_job = self._data.attempts.get(job_id, _NOTHING)
+        return [of_job[number] for number in sorted(of_job)]
+
+    # leases
+
+    def add_lease(self, lease: Lease) -> None:
+        data = self._data
+        if lease.label in data.labels:
+            raise Conflict(f"lease label {lease.label} exists already")
+        self._check_open(lease)
+        self._add(data.leases, lease.id, lease, f"lease {lease.id}")
+        self._put(data.labels, lease.label, lease.id)
+        self._put(data.leases_by_job[lease.job], lease.id, None)
+        self._index_open(lease)
+
+    def save_lease(self, lease: Lease) -> None:
+        self.lease(lease.id)
+        self._check_open(lease)
+        self._put(self._data.leases, lease.id, lease)
+        self._index_open(lease)
+
+    def _check_open(self, lease: Lease) -> None:
+        other = self._data.open_leases.get((lease.job, lease.attempt), lease.id)
+        if lease.open and other != lease.id:
+            raise Conflict(f"attempt {lease.attempt} of job {lease.job} has an open lease: {other}")
+
+    def _index_open(self, lease: Lease) -> None:
+        leases, key = self._data.open_leases, (lease.job, lease.attempt)
+        if lease.open:
+            self._put(leases, key, lease.id)
+        elif leases.get(key) == lease.id:
+            self._drop(leases, key)
+
+    def lease(self, lease_id: str, *, lock: bool = False) -> Lease:
+        return _found(self._data.leases, lease_id, f"lease {lease_id}")
+
+    def leases_of(self, job_id: str) -> list[Lease]:
+        return self._leases(self._data.leases_by_job.get(job_id, ()))
+
+    def open_leases(self) -> list[Lease]:
+        return self._leases(self._data.open_leases.values())
+
+    def _leases(self, ids: Collection[str]) -> list[Lease]:
+        leases = (self._data.leases[lease_id] for lease_id in ids)
+        return sorted(leases, key=lambda lease: (lease.created_at, lease.id))
+
+    def claim_due_leases(self, now: datetime, until: datetime, limit: int) -> list[Lease]:
+        return [lease for _, lease in self._claim(self._data.leases, now, until, limit)]
+
+    # events
+
+    def add_events(self, events: Sequence[Event]) -> list[bool]:
+        return [self._add_event(event) for event in events]
+
+    def _add_event(self, event: Event) -> bool:
+        data = self._data
+        report = None if event.agent_seq is None else (event.job, event.attempt, event.agent_seq)
+        if report in data.reports or event.webhook_id in data.webhook_ids:
+            return False
+        what = f"event {event.seq} of job {event.job}"
+        self._add(data.events[event.job], event.seq, event, what)
+        if report is not None:
+            self._put(data.reports, report, None)
+        if event.webhook_id is not None:
+            self._put(data.webhook_ids, event.webhook_id, None)
+        return True
+
+    def events(
+        self, job_id: str, *, after: int = 0, limit: int = 100, type: str | None = None
+    ) -> list[Event]:
+        of_job = self._data.events.get(job_id, _NOTHING)
+        numbers = sorted(
+            seq
+            for seq, event in of_job.items()
+            if seq > after and (type is None or event.type == type)
+        )
+        return [of_job[seq] for seq in numbers[:limit]]
+
+    def known_reports(self, webhook_ids: Collection[str]) -> set[str]:
+        return {name for name in webhook_ids if name in self._data.webhook_ids}
+
+    # what goes out
+
+    def add_outgoing(self, rows: Sequence[Outgoing]) -> None:
+        data = self._data
+        for row in rows:
+            self._add(data.outgoing, row.id, row, f"outgoing webhook {row.id}")
+            self._put(data.outgoing_by_job[row.job], row.id, None)
+            self._queue(row)
+
+    def save_outgoing(self, row: Outgoing) -> None:
+        self.outgoing(row.id)
+        self._put(self._data.outgoing, row.id, row)
+        self._queue(row)
+
+    def _queue(self, row: Outgoing) -> None:
+        """Keep what is waiting for this row's job, and when the first of it is due."""
+        data = self._data
+        waiting = data.waiting[row.job]
+        if row.status is OutgoingStatus.WAITING:
+            self._put(waiting, row.id, row.seq)
+        else:
+            self._drop(waiting, row.id)
+        first = self.next_outgoing(row.job)
+        if first is None:
+            self._drop(data.next_due, row.job)
+        else:
+            self._put(data.next_due, row.job, first.due_at)
+
+    def outgoing(self, outgoing_id: str, *, lock: bool = False) -> Outgoing:
+        return _found(self._data.outgoing, outgoing_id, f"outgoing webhook {outgoing_id}")
+
+    def next_outgoing(self, job_id: str) -> Outgoing | None:
+        waiting = self._data.waiting.get(job_id)
+        if not waiting:
+            return None
+        _, first = min((seq, outgoing_id) for outgoing_id, seq in waiting.items())
+        return self._data.outgoing[first]
+
+    def claim_due_outgoing(self, now: datetime, until: datetime, limit: int) -> list[str]:
+        jobs = self._data.next_due.take(now, limit)
+        for job in jobs:
+            first = self.next_outgoing(job)
+            if first is not None:
+                self.save_outgoing(first.evolve(due_at=until))
+                if first.due_at == until:
+                    self._data.next_due.push(job, until)
+        return jobs
+
+    def log_delivery(self, delivery: Delivery) -> None:
+        self._put(self._data.deliveries[delivery.job], next(self._data.numbers), delivery)
+
+    def deliveries(self, job_id: str, *, limit: int = 100) -> list[Delivery]:
+        of_job = self._data.deliveries.get(job_id, _NOTHING)
+        newest = sorted(of_job, key=lambda number: (of_job[number].tried_at, number), reverse=True)
+        return [of_job[number] for number in newest[:limit]]
+
+    def list_outgoing(self, job_id: str) -> list[Outgoing]:
+        ids = self._data.outgoing_by_job.get(job_id, ())
+        rows = (self._data.outgoing[outgoing_id] for outgoing_id in ids)
+        return sorted(rows, key=lambda row: (row.seq, row.id))
+
+    # datasets and artefacts
+
+    def add_dataset(self, dataset: Dataset) -> None:
+        self._add(self._data.datasets, dataset.id, dataset, f"dataset {dataset.id}")
+
+    def save_dataset(self, dataset: Dataset) -> None:
+        self.dataset(dataset.id)
+        self._put(self._data.datasets, dataset.id, dataset)
+
+    def dataset(self, dataset_id: str, *, lock: bool = False) -> Dataset:
+        return _found(self._data.datasets, dataset_id, f"dataset {dataset_id}")
+
+    def claim_due_datasets(self, now: datetime, until: datetime, limit: int) -> list[Dataset]:
+        return [dataset for _, dataset in self._claim(self._data.datasets, now, until, limit)]
+
+    def datasets_before(self, when: datetime, limit: int) -> list[Dataset]:
+        data = self._data
+
+        def is_used(dataset_id: str) -> bool:
+            jobs = data.jobs_by_dataset.get(dataset_id, ())
+            return any(not data.jobs[job_id].terminal for job_id in jobs)
+
+        old = [row for row in data.datasets.values() if row.created_at < when]
+        old.sort(key=lambda row: (row.created_at, row.id))
+        return list(itertools.islice((row for row in old if not is_used(row.id)), limit))
+
+    def delete_dataset(self, dataset_id: str) -> None:
+        self._drop(self._data.datasets, dataset_id)
+
+    def put_artefacts(self, rows: Sequence[Artefact]) -> None:
+        for row in rows:
+            self._put(self._data.artefacts[row.job], row.name, row)
+
+    def artefacts(self, job_id: str) -> list[Artefact]:
+        rows = self._data.artefacts.get(job_id, _NOTHING).values()
+        return sorted(rows, key=lambda row: (row.created_at, row.name))
+
+    def artefacts_before(self, when: datetime, limit: int) -> list[Artefact]:
+        rows = itertools.chain.from_iterable(
+            of_job.values() for of_job in self._data.artefacts.values()
+        )
+        old = [row for row in rows if row.created_at < when and not row.expired]
+        return sorted(old, key=lambda row: (row.created_at, row.job, row.name))[:limit]
+
+    # keys
+
+    def add_api_key(self, key: ApiKey) -> None:
+        data = self._data
+        if key.hash in data.key_hashes:
+            raise Conflict(f"API key {key.id} exists already")
+        self._add(data.api_keys, key.id, key, f"API key {key.id}")
+        self._put(data.key_hashes, key.hash, key.id)
+
+    def save_api_key(self, key: ApiKey) -> None:
+        old = _found(self._data.api_keys, key.id, f"API key {key.id}")
+        if key.hash != old.hash:
+            self._drop(self._data.key_hashes, old.hash)
+            self._add(self._data.key_hashes, key.hash, key.id, "an API key with this hash")
+        self._put(self._data.api_keys, key.id, key)
+
+    def api_key_by_hash(self, key_hash: str) -> ApiKey | None:
+        key_id = self._data.key_hashes.get(key_hash)
+        return None if key_id is None else self._data.api_keys[key_id]
+
+    def api_keys(self) -> list[ApiKey]:
+        return sorted(self._data.api_keys.values(), key=lambda key: (key.created_at, key.id))
+
+    def begin_idempotent(self, row: Idempotent) -> Idempotent | None:
+        stored = self._data.idempotent.get((row.owner, row.key))
+        if stored is None:
+            self._put(self._data.idempotent, (row.owner, row.key), row)
+        return stored
+
+    def finish_idempotent(self, owner: str, key: str, answer: Mapping[str, Any]) -> None:
+        row = _found(self._data.idempotent, (owner, key), "such idempotency key")
+        self._put(self._data.idempotent, (owner, key), replace(row, answer=answer))
+
+    def drop_idempotent(self, owner: str, key: str) -> None:
+        self._drop(self._data.idempotent, (owner, key))
+
+    # hosts and money
+
+    def host(self, machine_id: str) -> HostRecord | None:
+        return self._data.hosts.get(machine_id)
+
+    def hosts(self) -> list[HostRecord]:
+        return [self._data.hosts[machine_id] for machine_id in sorted(self._data.hosts)]
+
+    def save_host(self, record: HostRecord) -> None:
+        self._put(self._data.hosts, record.machine_id, record)
+
+    def add_spend(self, *, lease: str, job: str, at: datetime, amount: int) -> None:
+        data = self._data
+        if lease in data.spend:
+            old_job, old_at, _ = data.spend[lease]
+            self._drop(data.spend_by_job[old_job], lease)
+            self._drop(data.spend_by_hour[_hour(old_at)], lease)
+        self._put(data.spend, lease, (job, at, amount))
+        self._put(data.spend_by_job[job], lease, None)
+        self._put(data.spend_by_hour[_hour(at)], lease, None)
+
+    def spend_since(self, when: datetime) -> int:
+        data, first = self._data, _hour(when)
+        hours = [leases for hour, leases in data.spend_by_hour.items() if hour >= first]
+        spent = (data.spend[lease] for leases in hours for lease in leases)
+        return sum(amount for _, at, amount in spent if at >= when)
+
+    def spend_of(self, job_id: str) -> int:
+        leases = self._data.spend_by_job.get(job_id, ())
+        return sum(self._data.spend[lease][2] for lease in leases)
+
+    def reserved(self) -> int:
+        microseconds = (
+            lease.price * ((lease.expires_at - lease.created_at) // timedelta(microseconds=1))
+            for lease in self.open_leases()
+            if lease.expires_at > lease.created_at
+        )
+        # rounded up
+        return -(-sum(microseconds) // (3600 * 10**6))
+
+    # beats and locks
+
+    def beat(self, name: str, at: datetime, data: Mapping[str, Any] | None = None) -> None:
+        self._put(self._data.beats, name, (at, data or {}))
+
+    def beats(self) -> dict[str, tuple[datetime, Mapping[str, Any]]]:
+        return dict(self._data.beats)
+
+    def lock(self, name: str) -> None:
+        """Held already: there is never a second transaction."""
+
+    # retention
+
+    def drop_events_before(self, when: datetime, limit: int) -> int:
+        old = list(itertools.islice(self._old_history(when), limit))
+        for drop in old:
+            drop()
+        return len(old)
+
+    def _old_history(self, when: datetime) -> Iterator[Callable[[], None]]:
+        """For each row that may go, in no promised order: what lets it go."""
+        data = self._data
+        ended = [job for status in TERMINAL for job in data.jobs_by_status.get(status, ())]
+        for job in ended:
+            for event in data.events.get(job, _NOTHING).values():
+                if event.at < when:
+                    yield partial(self._drop_event, event)
+        for job in ended:
+            for outgoing_id in data.outgoing_by_job.get(job, ()):
+                row = data.outgoing[outgoing_id]
+                # what is still waiting is still owed
+                if row.created_at < when and row.status is not OutgoingStatus.WAITING:
+                    yield partial(self._drop_outgoing, row)
+        for job in ended:
+            of_job = data.deliveries.get(job, _NOTHING)
+            for number, delivery in of_job.items():
+                if delivery.tried_at < when:
+                    yield partial(self._drop, of_job, number)
+
+    def _drop_event(self, event: Event) -> None:
+        self._drop(self._data.events[event.job], event.seq)
+        if event.agent_seq is not None:
+            self._drop(self._data.reports, (event.job, event.attempt, event.agent_seq))
+        if event.webhook_id is not None:
+            self._drop(self._data.webhook_ids, event.webhook_id)
+
+    def _drop_outgoing(self, row: Outgoing) -> None:
+        self._drop(self._data.outgoing, row.id)
+        self._drop(self._data.outgoing_by_job[row.job], row.id)
+
+
+_NOTHING: Rows[Any, Any] = Rows()
+
+
+def _found(rows: Mapping[K, V], key: K, what: str) -> V:
+    try:
+        return rows[key]
+    except KeyError:
+        raise NotFound(f"there is no {what}") from None
