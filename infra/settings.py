@@ -41,6 +41,8 @@ class Settings:
     bind: str = "127.0.0.1:8400"
     secret_keys: tuple[Secret, ...] = field(default=(), repr=False)
     vast_url: str = "https://console.vast.ai"
+    #: Share of Vast's documented spacing between calls to keep; only a sandbox bears less than 1.
+    vast_pace: float = 1.0
     vast_api_key: Secret = field(default=Secret(""), repr=False)
     civitai_url: str = "https://civitai.com"
     civitai_api_key: Secret = field(default=Secret(""), repr=False)
@@ -96,6 +98,7 @@ class Settings:
                 Secret(item) for item in env.get("STOKER_SECRET_KEYS", "").split(",") if item
             ),
             vast_url=env.get("VAST_URL", defaults.vast_url).rstrip("/"),
+            vast_pace=number("STOKER_VAST_PACE", defaults.vast_pace),
             vast_api_key=Secret(env.get("VAST_API_KEY", "")),
             civitai_url=env.get("CIVITAI_URL", defaults.civitai_url).rstrip("/"),
             civitai_api_key=Secret(env.get("CIVITAI_API_KEY", "")),
@@ -110,3 +113,39 @@ class Settings:
             per_day_limit=dollars("STOKER_MAX_PER_DAY"),
             retention_days=number("STOKER_RETENTION_DAYS", defaults.retention_days),
         )
+
+    def to_env(self) -> dict[str, str]:
+        """The environment from which `from_env` reads these settings: for child processes."""
+
+        def flag(value: bool) -> str:
+            return "1" if value else "0"
+
+        return {
+            "STOKER_DEPLOYMENT": self.deployment,
+            "STOKER_DATA": str(self.data_dir),
+            "DATABASE_URL": self.database_url.reveal(),
+            "REDIS_URL": self.redis_url.reveal(),
+            "S3_ENDPOINT": self.s3_endpoint,
+            "S3_BUCKET": self.s3_bucket,
+            "AWS_REGION": self.s3_region,
+            "AWS_ACCESS_KEY_ID": self.s3_access_key,
+            "AWS_SECRET_ACCESS_KEY": self.s3_secret_key.reveal(),
+            "STOKER_PUBLIC_URL": self.public_url,
+            "STOKER_BIND": self.bind,
+            "STOKER_SECRET_KEYS": ",".join(key.reveal() for key in self.secret_keys),
+            "VAST_URL": self.vast_url,
+            "STOKER_VAST_PACE": str(self.vast_pace),
+            "VAST_API_KEY": self.vast_api_key.reveal(),
+            "CIVITAI_URL": self.civitai_url,
+            "CIVITAI_API_KEY": self.civitai_api_key.reveal(),
+            "HF_ENDPOINT": self.huggingface_url,
+            "HF_TOKEN": self.huggingface_token.reveal(),
+            "STOKER_AGENT_IMAGE": self.agent_image,
+            "STOKER_LEASE_HOURS": str(self.lease_hours),
+            "STOKER_KILL_SWITCH": flag(self.kill_switch),
+            "STOKER_PRIVATE_WEBHOOKS": flag(self.private_webhooks),
+            "STOKER_PRIVATE_BASES": flag(self.private_bases),
+            "STOKER_MAX_PER_HOUR": str(self.per_hour_limit / 1_000_000),
+            "STOKER_MAX_PER_DAY": str(self.per_day_limit / 1_000_000),
+            "STOKER_RETENTION_DAYS": str(self.retention_days),
+        }

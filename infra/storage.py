@@ -289,15 +289,36 @@ class Storage:
         finally:
             self.delete(key)
 
+    def verify(self, key: str, *, bytes: int, sha256: str) -> None:
+        """Read `key` through: size and SHA-256 (hex).
+
+        Raises:
+            StorageError: `code` is `weights_size` or `weights_checksum`; asking again will not
+                help.
+            NotFound: nothing was uploaded.
+        """
+        self._expect_size(key, bytes)
+        digest = hashlib.sha256()
+        with self.open(key) as stream:
+            while chunk := stream.read(1 << 20):
+                digest.update(chunk)
+        _expect_digest(key, digest.digest(), sha256)
+
     def verify_safetensors(self, key: str, *, bytes: int, sha256: str) -> Weights:
         """Read `key` through: size, header, every number finite, SHA-256 (hex).
 
         Raises:
-            StorageError: `code` is `weights_size`, `weights_format`, `weights_not_finite` or
-                `weights_checksum`; asking again will not help.
+            StorageError: as `verify`, and `weights_format` or `weights_not_finite`.
             NotFound: nothing was uploaded.
         """
-        wanted = _digest(sha256)
+        self._expect_size(key, bytes)
+        digest = hashlib.sha256()
+        with self.open(key) as stream:
+            weights = read_weights(stream, bytes, digest.update)
+        _expect_digest(key, digest.digest(), sha256)
+        return weights
+
+    def _expect_size(self, key: str, bytes: int) -> None:
         size = self.head(key)
         if size is None:
             raise NotFound(f"nothing was uploaded to {key}")
@@ -307,16 +328,6 @@ class Storage:
                 code="weights_size",
                 retryable=False,
             )
-        digest = hashlib.sha256()
-        with self.open(key) as stream:
-            weights = read_weights(stream, size, digest.update)
-        if digest.digest() != wanted:
-            raise StorageError(
-                f"{key} has SHA-256 {digest.hexdigest()}, {sha256.lower()} was announced",
-                code="weights_checksum",
-                retryable=False,
-            )
-        return weights
 
     @contextlib.contextmanager
     def _translated(self, what: str) -> Iterator[None]:
@@ -345,6 +356,15 @@ def _status(exc: ClientError) -> int:
 
 def _code(exc: ClientError) -> str:
     return str(exc.response.get("Error", {}).get("Code", ""))
+
+
+def _expect_digest(key: str, got: bytes, sha256: str) -> None:
+    if got != _digest(sha256):
+        raise StorageError(
+            f"{key} has SHA-256 {got.hex()}, {sha256.lower()} was announced",
+            code="weights_checksum",
+            retryable=False,
+        )
 
 
 def _digest(sha256: str) -> bytes:

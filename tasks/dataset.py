@@ -19,9 +19,9 @@ from datetime import datetime
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-from infra.storage import Storage
 from PIL import Image, UnidentifiedImageError
 
+from infra.storage import Storage
 from state import policy, record
 from state.errors import NotFound
 from state.events import Dataset, DatasetStatus

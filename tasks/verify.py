@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from infra.storage import Storage, UnsafeFile
+from infra.storage import Storage
 
 from state import policy, record
-from state.errors import IllegalMove, NotFound
+from state.errors import IllegalMove, NotFound, StorageError
 from state.events import Artefact
 from state.job import Job, Reason
 from state.policy import Policy
@@ -49,10 +49,12 @@ class Verifier:
             return False
         try:
             artefacts = [self._checked(job, item) for item in _claimed(job)]
-        except UnsafeFile as error:
-            return self._refuse(job, str(error))
         except NotFound as error:
             return self._refuse(job, f"a result file is missing: {error}")
+        except StorageError as error:
+            if error.retryable:
+                raise
+            return self._refuse(job, str(error))
         if not any(item.name.endswith(".safetensors") for item in artefacts):
             return self._refuse(job, "the agent uploaded no weights")
         try:
@@ -69,7 +71,7 @@ class Verifier:
         if name.endswith(".safetensors"):
             self.storage.verify_safetensors(source, bytes=size, sha256=sha256)
         else:
-            self.storage.verify_bytes(source, bytes=size, sha256=sha256)
+            self.storage.verify(source, bytes=size, sha256=sha256)
         target = result_key(job.id, name)
         self.storage.copy(source, target)
         return Artefact(
@@ -94,10 +96,10 @@ class Verifier:
 
 
 def _claimed(job: Job) -> list[Mapping[str, Any]]:
-    """The files that the agent says it uploaded. Raises: UnsafeFile, for any nonsense."""
+    """The files that the agent says it uploaded. Raises: StorageError, for any nonsense."""
     files = job.progress.get("upload", {}).get("files")
     if not isinstance(files, list) or not files or len(files) > 1000:
-        raise UnsafeFile("the agent named no result files")
+        raise StorageError("the agent named no result files", retryable=False)
     for item in files:
         fine = (
             isinstance(item, dict)
@@ -107,5 +109,5 @@ def _claimed(job: Job) -> list[Mapping[str, Any]]:
             and ".." not in item["name"]
         )
         if not fine:
-            raise UnsafeFile("the agent's list of result files cannot be read")
+            raise StorageError("the agent's list of result files cannot be read", retryable=False)
     return files

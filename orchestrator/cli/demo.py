@@ -1,0 +1,487 @@
+"""`stoker demo`: the whole of Stoker on this machine, for real, without spending money.
+
+Real PostgreSQL, Redis and S3; the real web, worker and beat; the real `vastai` SDK against the
+Vast sandbox, whose rented machines are local processes; the real agent and a real training.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import requests
+import typer
+from PIL import Image
+from rich.console import Console
+
+from gpu_agent import wire
+from infra import embedded
+from infra.settings import Settings
+from infra.wiring import Services
+from orchestrator.cli.client import Client
+from orchestrator.cli.console import CliError, Exit, err, out, print_json
+from orchestrator.cli.follow import durations, follow
+from orchestrator.cli.jobs import fetch_results, photo_files, upload_dataset
+from orchestrator.cli.processes import beat_argv, program, web_argv, worker_argv
+from orchestrator.cli.receiver import Receiver
+from orchestrator.cli.servers import make_key, prepare
+from state import policy
+
+#: The demo's base: its version at the Civitai sandbox.
+TINY_BASE = "civitai:1"
+#: For a model of a few million parameters and a handful of photographs, on two cores.
+TINY_RECIPE: Mapping[str, Any] = {
+    "steps": 200,
+    "resolution": 128,
+    "rank": 16,
+    "alpha": 16,
+    "targets": "full",
+    "learning_rate": 3e-3,
+    "validation_every": 50,
+    "trigger": "sks",
+}
+SKIMAGE_PHOTOS = ("astronaut", "chelsea", "coffee", "rocket")
+NEEDED_BYTES = 2_000_000_000
+READY_S = 60.0
+END_S = 60.0
+STATES = ("pending", "pendingGpu", "pendingImages", "pendingModel", "training", "completed")
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(demo)
+
+
+def demo(
+    photos: Annotated[
+        Path | None, typer.Argument(help="A folder of photographs; default: scikit-image's.")
+    ] = None,
+    base: Annotated[
+        str, typer.Option(help="civitai:<version>, hf:<repo> or a URL; default: a tiny model.")
+    ] = "",
+    steps: Annotated[int | None, typer.Option(help="Training steps.")] = None,
+    port: Annotated[int, typer.Option(help="Of the API.")] = 8400,
+    output: Annotated[Path, typer.Option("--output", "-o", help="For the weights.")] = Path(
+        "stoker-demo"
+    ),
+    once: Annotated[bool, typer.Option(help="End when the job has ended.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
+) -> None:
+    """Train on photographs with everything on this machine; nothing is spent.
+
+    Example: stoker demo ~/Pictures/dog --once
+    """
+    show = Console(stderr=True, quiet=True) if as_json else err
+    began = time.monotonic()
+    with contextlib.ExitStack() as stack:
+        root = _workplace(stack, port)
+        files_dir = photos or skimage_photos(root / "photos")
+        photo_files(files_dir)
+        stage = Stage(root=root, port=port, show=show, own_base=bool(base))
+        with _ending(stage):
+            client, services = stage.start(stack)
+            ready = time.monotonic() - began
+            report = _job(stage, client, services, files_dir, base, steps, output.absolute())
+            report["seconds"] = {"set_up": round(ready, 1), **report["seconds"]}
+            if not once:
+                _tell(report)
+                _stay(show)
+        report["processes_left"] = stage.left()
+    report["files_left"] = [str(path) for path in (root,) if path.exists()]
+    faults = judge(report)
+    if as_json:
+        print_json(report)
+    elif once:
+        _tell(report)
+    if faults:
+        raise CliError("the demo did not end as it should", "; ".join(faults), "", Exit.FAILED)
+
+
+# --- the place ----------------------------------------------------------------------------------
+
+
+def _workplace(stack: contextlib.ExitStack, port: int) -> Path:
+    """An empty directory that goes at the end; one demo at a time."""
+    root = Settings.from_env().data_dir / "demo"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(root).free
+    except OSError as error:
+        raise CliError(f"{root} cannot be used", str(error.strerror), "run it elsewhere") from None
+    _alone(stack, root.with_suffix(".lock"))
+    if free < NEEDED_BYTES:
+        raise CliError(
+            "the disk is nearly full",
+            f"{free / 1e9:.1f} GB are free at {root}; the demo wants {NEEDED_BYTES / 1e9:.0f} GB",
+            "free some space, or set STOKER_DATA to a directory on another disk",
+        )
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            raise CliError(
+                f"port {port} is taken",
+                "another program listens on it",
+                f"stoker demo --port {port + 10}",
+            ) from None
+    shutil.rmtree(root)  # what a killed demo left
+    root.mkdir()
+    stack.callback(shutil.rmtree, root, ignore_errors=True)
+    return root
+
+
+def _alone(stack: contextlib.ExitStack, path: Path) -> None:
+    import fcntl
+
+    lock = stack.enter_context(path.open("a+"))
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.seek(0)
+        raise CliError(
+            "a demo runs here already",
+            f"process {lock.read().strip() or '?'} holds {path}",
+            "end that one with Ctrl-C, or set STOKER_DATA to another directory",
+        ) from None
+    lock.truncate(0)
+    lock.write(str(os.getpid()))
+    lock.flush()
+
+
+def skimage_photos(folder: Path) -> Path:
+    """The photographs that ship inside the scikit-image wheel, as PNG files in `folder`."""
+    from skimage import data
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in SKIMAGE_PHOTOS:
+        Image.fromarray(getattr(data, name)()).convert("RGB").save(folder / f"{name}.png")
+    return folder
+
+
+# --- what runs ----------------------------------------------------------------------------------
+
+
+@dataclass
+class Stage:
+    """Everything that the demo starts, and where it is."""
+
+    root: Path
+    port: int
+    show: Console
+    own_base: bool
+    pids: tuple[int, ...] = ()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def tiny(self) -> Path:
+        return self.root / "models" / "tiny.safetensors"
+
+    def start(self, stack: contextlib.ExitStack) -> tuple[Client, Services]:
+        """Start servers and processes; a client with a key of its own, and what is behind it."""
+        tiny = None if self.own_base else threading.Thread(target=self._make_tiny)
+        if tiny:
+            tiny.start()
+        settings = self._settings()
+        servers = stack.enter_context(embedded.start(settings, progress=self._say))
+        settings = servers.settings
+        prepare(settings)
+        if tiny:
+            self._say("tiny base model", "being made")
+            tiny.join()
+            if not self.tiny.exists():
+                raise CliError("the tiny base model was not made", _tail(self.root / "tiny.log"))
+        settings = self._with_sandbox(servers, settings)
+        for name, argv in (
+            ("web", web_argv(f"127.0.0.1:{self.port}")),
+            ("worker", worker_argv()),
+            ("beat", beat_argv()),
+        ):
+            servers.run(program(name, argv, settings))
+        services = Services(settings)
+        scopes = frozenset({"jobs:read", "jobs:write", "operator"})
+        key = make_key(services, owner="demo", name="demo", scopes=scopes)
+        self._until_ready(settings)
+        self.pids = tuple(servers.pids.values())
+        return Client(self.url, key), services
+
+    def _settings(self) -> Settings:
+        given = Settings.from_env()
+        blank = Settings()
+        return dataclasses.replace(
+            given,
+            deployment=f"demo-{secrets.token_hex(3)}",
+            data_dir=self.root,
+            database_url=blank.database_url,
+            redis_url=blank.redis_url,
+            s3_endpoint="",
+            s3_access_key="",
+            s3_secret_key=blank.s3_secret_key,
+            secret_keys=(),
+            public_url=self.url,
+            bind=f"127.0.0.1:{self.port}",
+            private_webhooks=True,
+            private_bases=not self.own_base,
+            vast_pace=0.0,
+            per_hour_limit=0,
+            per_day_limit=0,
+            kill_switch=False,
+        )
+
+    def _make_tiny(self) -> None:
+        self.tiny.parent.mkdir(parents=True)
+        (self.tiny.parent / "index.json").write_text(json.dumps({"1": self.tiny.name}))
+        with (self.root / "tiny.log").open("wb") as log:
+            subprocess.run(
+                [sys.executable, "-m", "gpu_agent.lora.tiny_base", str(self.tiny)],
+                stdout=log,
+                stderr=log,
+                check=False,
+                timeout=300,
+            )
+
+    def _with_sandbox(self, servers: embedded.Running, settings: Settings) -> Settings:
+        port = _free_port()
+        account, civitai = secrets.token_hex(16), secrets.token_hex(16)
+        argv = (
+            sys.executable, "-m", "infra.sandbox", "--port", str(port), "--boot", "1",
+            "--data-dir", str(self.root / "sandbox"), "--keep-logs",
+            *(() if self.own_base else ("--base-model-dir", str(self.tiny.parent))),
+        )  # fmt: skip
+        keys = {"SANDBOX_ACCOUNT_KEY": account, "SANDBOX_CIVITAI_KEY": civitai}
+        url = f"http://127.0.0.1:{port}"
+        servers.run(program("sandbox", argv, settings, keys))
+        secret = type(settings.vast_api_key)
+        changes: dict[str, Any] = {"vast_url": url, "vast_api_key": secret(account)}
+        if not self.own_base:
+            changes |= {"civitai_url": url, "civitai_api_key": secret(civitai)}
+        return dataclasses.replace(settings, **changes)
+
+    def _until_ready(self, settings: Settings) -> None:
+        self._say("web, worker, beat", "starting")
+        deadline = time.monotonic() + READY_S
+        while True:
+            with contextlib.suppress(requests.RequestException):
+                answer = requests.get(f"{self.url}/readyz", timeout=5)
+                if answer.status_code == 200:
+                    break
+            if time.monotonic() > deadline:
+                logs = settings.data_dir / "logs"
+                tails = "; ".join(f"{path.stem}: {_tail(path)}" for path in logs.glob("*.log"))
+                raise CliError("Stoker did not get ready", tails)
+            time.sleep(0.2)
+        self._say("web, worker, beat", "ready")
+
+    def _say(self, name: str, state: str) -> None:
+        self.show.print(f"  {name}: {state}", markup=False)
+
+    def left(self) -> list[int]:
+        """Processes that should be gone and are not."""
+        return [pid for pid in self.pids if Path(f"/proc/{pid}").exists()]
+
+
+@contextlib.contextmanager
+def _ending(stage: Stage) -> Iterator[None]:
+    """Say that the end takes a moment, whatever the reason for it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        stage.show.print("\nending everything that was started …", markup=False)
+        raise
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _tail(path: Path) -> str:
+    try:
+        lines = path.read_text(errors="replace").strip().splitlines()
+    except OSError:
+        return ""
+    return lines[-1][:300] if lines else ""
+
+
+# --- the job ------------------------------------------------------------------------------------
+
+
+def _job(
+    stage: Stage,
+    client: Client,
+    services: Services,
+    photos: Path,
+    base: str,
+    steps: int | None,
+    output: Path,
+) -> dict[str, Any]:
+    """Do what a backend would do, and check what it got."""
+    secret = wire.new_secret()
+    recipe: dict[str, Any] = {} if base else dict(TINY_RECIPE)
+    if steps:
+        recipe["steps"] = steps
+    with Receiver(secret) as receiver:
+        dataset = upload_dataset(client, photos, photo_files(photos))
+        job = client.post(
+            "/v1/jobs",
+            {
+                "dataset_id": dataset,
+                "base": base or TINY_BASE,
+                "recipe": recipe,
+                "webhook": {"url": receiver.url, "secret": secret},
+            },
+        )
+        stage.show.print(f"job {job['id']}", markup=False)
+        path = f"/v1/jobs/{job['id']}"
+        ended = follow(lambda: client.get(path), stage.show)
+        _until(lambda: receiver.has(f"job.{ended['status']}"))
+        instances = _instances(services)
+        refusals = client.get(f"/v1/datasets/{dataset}")["report"].get("refused", [])
+        report = _report(client.get(path), receiver, instances, refusals)
+    if ended["status"] == "completed":
+        files = fetch_results(client, job["id"], output / job["id"])
+        by_name = {item["name"]: item for item in files}
+        report["weights"] = by_name.get("lora.safetensors")
+        if not base:
+            report["loads"] = _check_weights(stage, by_name)
+    return report
+
+
+def _until(done: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + END_S
+    while not done() and time.monotonic() < deadline:
+        time.sleep(0.1)
+
+
+def _instances(have: Services) -> list[str]:
+    """Ids of instances with our prefix that the market still shows, after they had time to go."""
+    prefix = f"{have.settings.deployment}/"
+
+    def left() -> list[str]:
+        listed = have.provider.instances()
+        return [item.id for item in listed if item.label.startswith(prefix)]
+
+    def released() -> bool:
+        with have.store.transaction() as tx:
+            return not tx.open_leases() and not left()
+
+    _until(released)
+    return left()
+
+
+def _report(
+    job: Mapping[str, Any],
+    receiver: Receiver,
+    instances: list[str],
+    refusals: list[Mapping[str, Any]],
+) -> dict[str, Any]:
+    result = job["progress"].get("upload", {})
+    return {
+        "job": job["id"],
+        "status": job["status"],
+        "reason": job["reason"],
+        "transitions": [
+            {"from": step["source"], "to": step["target"], "at": step["at"]}
+            for step in job["transitions"]
+        ],
+        "loss": {"first": result.get("loss_first"), "best": result.get("loss_best")},
+        "photographs_refused": refusals,
+        "weights": None,
+        "webhooks": {
+            "received": len(receiver.got),
+            "types": [item["type"] for item in receiver.got],
+            "in_order": receiver.in_order,
+            "unverified": receiver.refused,
+        },
+        "cost": {"micro_usd": job["cost"]["so_far"], "display": job["cost"]["display"]},
+        "instances_left": instances,
+        "seconds": {state: round(span, 2) for state, span in durations(job).items()},
+    }
+
+
+def _check_weights(stage: Stage, files: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Whether diffusers loads the weights and their kohya twin, and the image changes."""
+    argv = [sys.executable, "-m", "gpu_agent.lora.check", files["lora.safetensors"]["path"]]
+    argv += ["--base", str(stage.tiny), "--json"]
+    if twin := files.get("lora_kohya.safetensors"):
+        argv += ["--kohya", twin["path"]]
+    stage.show.print("loading the weights with diffusers …", markup=False)
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=300, check=False)
+    try:
+        return dict(json.loads(done.stdout))
+    except ValueError:
+        return {"loads": False, "error": done.stderr.strip()[-500:]}
+
+
+def judge(report: Mapping[str, Any]) -> list[str]:
+    """What is not as it should be; empty when all is."""
+    faults = []
+    if report["status"] != "completed":
+        reason = report["reason"] or {}
+        faults.append(f"the job {report['status']}: {reason.get('message', '')}")
+        return faults
+    passed = ["pending", *(step["to"] for step in report["transitions"])]
+    if tuple(passed) != STATES:
+        faults.append(f"the states were {' -> '.join(passed)}")
+    first, best = report["loss"]["first"], report["loss"]["best"]
+    if not (first and best and best < first):
+        faults.append(f"the loss did not fall: {first} -> {best}")
+    if not report["weights"]:
+        faults.append("there are no weights")
+    loads = report.get("loads")
+    if loads is not None and not (
+        loads.get("loads") and loads.get("kohya_loads") and loads.get("changed")
+    ):
+        faults.append(f"the weights do not load or change nothing: {loads}")
+    webhooks = report["webhooks"]
+    if webhooks["unverified"] or not webhooks["in_order"] or not webhooks["received"]:
+        faults.append(f"webhooks were wrong: {webhooks}")
+    for name in ("instances_left", "processes_left", "files_left"):
+        if report.get(name):
+            faults.append(f"{name.replace('_', ' ')}: {report[name]}")
+    return faults
+
+
+def _tell(report: Mapping[str, Any]) -> None:
+    """The end, for people."""
+    if report["status"] != "completed":
+        return
+    first, best = report["loss"]["first"], report["loss"]["best"]
+    weights = report["weights"]
+    for refused in report["photographs_refused"]:
+        out.print(f"refused: {refused['name']} {refused['why']}", markup=False)
+    rows = [
+        ("weights", weights["path"] if weights else "none"),
+        ("loss", f"{first:.4f} before, {best:.4f} after ({1 - best / first:.0%} lower)"),
+        ("cost", f"it would have cost {policy.dollars(report['cost']['micro_usd'])}"),
+        ("webhooks", f"{report['webhooks']['received']} received, verified, in order"),
+        ("instances", f"{len(report['instances_left'])} left"),
+    ]
+    for name, words in rows:
+        out.print(f"{name:10} {words}", markup=False)
+    out.print("\nnext:", markup=False)
+    out.print("  stoker demo PHOTOS_DIR          your own photographs", markup=False)
+    out.print("  stoker up                       run it for your web app", markup=False)
+    out.print("  stoker train --help             what a real training takes", markup=False)
+
+
+def _stay(show: Console) -> None:
+    show.print("\nthe API is still up; Ctrl-C ends everything", markup=False)
+    with contextlib.suppress(KeyboardInterrupt):
+        threading.Event().wait()

@@ -1,0 +1,35 @@
+"""`granian --interface wsgi --factory orchestrator.wsgi:make_app`: the edge with real services."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from infra.wiring import services
+from orchestrator.app import create_app
+from orchestrator.checks import ready_checks
+from orchestrator.deps import Deps
+from tasks.app import wake
+
+if TYPE_CHECKING:
+    from flask import Flask
+
+
+def make_app() -> Flask:
+    """The WSGI application of this process."""
+    have = services()
+    shared = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+    return create_app(
+        Deps(
+            store=have.store,
+            storage=have.storage,
+            clock=have.clock,
+            wake=lambda task, subject: wake(task, [subject]),
+            bundle=have.bundle,
+            resolve_base=have.resolve_base,
+            settings=have.settings,
+            ready_checks=ready_checks(have),
+            metrics_dir=Path(shared) if shared else None,
+        )
+    )

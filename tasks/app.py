@@ -1,0 +1,167 @@
+"""The Celery app and its tasks: each parses, calls one plain function, and is done.
+
+Tasks carry ids and no data. A task that raises is logged and acknowledged: the row in the
+database, not the message, carries the retry.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from functools import cache
+
+import structlog
+from celery import Celery
+from celery.signals import setup_logging
+
+from infra import guard, logs
+from infra.wiring import Services, services
+from tasks import reconcile as passes
+from tasks.allocate import Renter, Terms
+from tasks.cleanup import cleanup as clean
+from tasks.dataset import DatasetBuilder
+from tasks.deallocate import Keeper
+from tasks.deallocate import sweep as sweep_account
+from tasks.relay import Answer, EndpointRefused, NoAnswer, Relay
+from tasks.schedule import EXPIRES_S
+from tasks.verify import Verifier
+
+app = Celery("stoker")
+app.config_from_object("tasks.config")
+_log = structlog.get_logger()
+
+
+@setup_logging.connect
+def _logging(**_: object) -> None:
+    """Ours, in place of Celery's."""
+    logs.configure()
+
+
+def wake(task: str, ids: Sequence[str]) -> None:
+    """Send the wake-up `task` for these subjects. A lost one costs latency only."""
+    app.send_task(_NAMES[task], args=[list(ids)], expires=EXPIRES_S, retry=False)
+
+
+_NAMES: Mapping[str, str] = {
+    "allocate": "allocate_gpu",
+    "deallocate": "deallocate_gpu",
+    "tend": "tend_leases",
+    "build": "build_dataset",
+    "verify": "verify_weights",
+    "relay": "relay",
+}
+
+
+def terms(have: Services) -> Terms:
+    settings = have.settings
+    return Terms(
+        deployment=settings.deployment,
+        image=settings.agent_image,
+        public_url=settings.public_url,
+        onstart=have.onstart,
+        per_hour_limit=settings.per_hour_limit,
+        per_day_limit=settings.per_day_limit,
+        kill_switch=settings.kill_switch,
+    )
+
+
+@cache
+def renter() -> Renter:
+    have = services()
+    return Renter(store=have.store, provider=have.provider, terms=terms(have), clock=have.clock)
+
+
+@cache
+def keeper() -> Keeper:
+    have = services()
+    return Keeper(store=have.store, provider=have.provider, clock=have.clock)
+
+
+@cache
+def relayer() -> Relay:
+    have = services()
+
+    def post(url: str, *, headers: Mapping[str, str], body: bytes, timeout: float) -> Answer:
+        try:
+            answer = guard.guarded_request(
+                "POST",
+                url,
+                headers=headers,
+                body=body,
+                timeout=timeout,
+                allow_private=have.settings.private_webhooks,
+            )
+        except guard.GuardRefused as error:
+            raise EndpointRefused(str(error)) from None
+        except guard.GuardError as error:
+            raise NoAnswer(str(error)) from None
+        return Answer(answer.status, answer.headers)
+
+    return Relay(store=have.store, post=post, clock=have.clock, random=random.Random())
+
+
+@app.task(name="allocate_gpu")
+def allocate_gpu(job_ids: list[str]) -> None:
+    for job_id in job_ids:
+        with structlog.contextvars.bound_contextvars(job=job_id):
+            renter().allocate(job_id)
+
+
+@app.task(name="deallocate_gpu")
+def deallocate_gpu(job_ids: list[str]) -> None:
+    for job_id in job_ids:
+        with structlog.contextvars.bound_contextvars(job=job_id):
+            keeper().release_job(job_id)
+
+
+@app.task(name="tend_leases")
+def tend_leases(lease_ids: list[str]) -> None:
+    keeper().tend(lease_ids)
+
+
+@app.task(name="build_dataset")
+def build_dataset(dataset_ids: list[str]) -> None:
+    have = services()
+    builder = DatasetBuilder(store=have.store, storage=have.storage, clock=have.clock)
+    for dataset_id in dataset_ids:
+        moved = builder.build(dataset_id)
+        if moved:
+            wake("allocate", moved)
+            for job_id in moved:
+                wake("relay", [job_id])
+
+
+@app.task(name="verify_weights")
+def verify_weights(job_ids: list[str]) -> None:
+    have = services()
+    verifier = Verifier(store=have.store, storage=have.storage, clock=have.clock)
+    for job_id in job_ids:
+        with structlog.contextvars.bound_contextvars(job=job_id):
+            verifier.verify(job_id)
+            wake("deallocate", [job_id])
+            wake("relay", [job_id])
+
+
+@app.task(name="relay")
+def relay(job_ids: list[str]) -> None:
+    for job_id in job_ids:
+        relayer().relay(job_id)
+
+
+@app.task(name="reconcile")
+def reconcile() -> None:
+    have = services()
+    while passes.reconcile(have.store, wake, have.clock()).jobs >= passes.BATCH:
+        pass  # a full batch: there is more that is due
+
+
+@app.task(name="sweep")
+def sweep() -> None:
+    sweep_account(keeper(), services().settings.deployment)
+
+
+@app.task(name="cleanup")
+def cleanup() -> None:
+    have = services()
+    clean(have.store, have.storage, have.clock, timedelta(days=have.settings.retention_days))
