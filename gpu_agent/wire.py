@@ -107,9 +107,27 @@ def _text(value: Mapping[str, Any], key: str, *, limit: int = 4096) -> str:
     got = value.get(key)
     if not isinstance(got, str) or not got or len(got) > limit:
         raise WireError(f"{key!r} must be a text of 1 to {limit} characters")
-    if "\x00" in got or any(0xD800 <= ord(character) <= 0xDFFF for character in got):
+    if not _keepable(got):
         raise WireError(f"{key!r} holds a character that no database can keep")
     return got
+
+
+def _keepable(value: object) -> bool:
+    """Whether no text in `value` holds a NUL or half a surrogate pair.
+
+    Both can only come in as an escape: as raw bytes they are not JSON, or not UTF-8.
+    """
+    waiting = [value]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, str):
+            if "\x00" in item or any(0xD800 <= ord(character) <= 0xDFFF for character in item):
+                return False
+        elif isinstance(item, dict):
+            waiting += [*item, *item.values()]
+        elif isinstance(item, list):
+            waiting += item
+    return True
 
 
 def _whole(value: Mapping[str, Any], key: str, *, least: int) -> int:
@@ -171,7 +189,7 @@ class Report:
         data = value.get("data", {})
         if not isinstance(data, dict):
             raise WireError("'data' must be an object")
-        if "\\u0000" in json.dumps(data):
+        if b"\\u" in body and not _keepable(data):
             raise WireError("'data' holds a character that no database can keep")
         return cls(
             job=_text(value, "job", limit=64),
