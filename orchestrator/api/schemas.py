@@ -202,14 +202,15 @@ class JobsQuery(BaseModel):
 
     @model_validator(mode="after")
     def _only_metadata_besides(self) -> Self:
-        for key in self.model_extra or {}:
+        for key, value in (self.model_extra or {}).items():
             if not re.fullmatch(r"metadata\[[A-Za-z0-9_.-]{1,40}\]", key):
                 raise ValueError(f"unknown parameter {key[:100]!r}")
+            _storable(str(value))
         return self
 
     def metadata(self) -> dict[str, str]:
         return {
-            key.removeprefix("metadata[").removesuffix("]"): _storable(str(value))
+            key.removeprefix("metadata[").removesuffix("]"): str(value)
             for key, value in (self.model_extra or {}).items()
         }
 

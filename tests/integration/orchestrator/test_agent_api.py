@@ -12,6 +12,7 @@ from gpu_agent.wire import Fact
 from state import record
 from state.errors import StokerError
 from state.job import Reason, Status
+from state.lease import LeaseStatus
 
 
 class NeverThere(StokerError):
@@ -172,7 +173,7 @@ def test_a_later_attempt_resumes_from_the_last_uploaded_checkpoint(edge):
         record.stall(tx, job.id, Reason(code="gpu.lost", message="gone"), edge.clock())
         again = record.retry(tx, job.id, edge.clock())
         for lease in tx.leases_of(job.id):
-            tx.save_lease(lease.to("released", released_at=edge.clock()))
+            tx.save_lease(lease.to(LeaseStatus.RELEASED, released_at=edge.clock()))
     edge.rent(again, token="second")
     spec = wire.JobSpec.from_bytes(edge.hello("second").data)
     assert [item.name for item in spec.resume] == [file["name"]]
