@@ -277,7 +277,8 @@ class VastProvider:
 
     def offers(self, needs: GpuNeeds, *, limit: int = SEARCH_CAP) -> list[Offer]:
         """See `Provider.offers`. Machines with one GPU, the cheapest first."""
-        answer = self._read("search", lambda: self._client.post("/bundles/", _search(needs, limit)))
+        query = _search(needs, limit)
+        answer = self._read("search", lambda: self._client.post("/bundles/", json_data=query))
         rows = answer.fields.get("offers")
         if not isinstance(rows, list):
             raise Unreadable(f"Vast's offers could not be read: {self._said(answer)}")
@@ -475,7 +476,7 @@ def phase(row: Mapping[str, Any]) -> str:
     ran was abandoned, or lost its GPU after the image was there: it will not run.
     """
     actual, intended, current, following = (
-        _text(row.get(key)).lower()
+        "" if (word := row.get(key)) is None else str(word).lower()
         for key in ("actual_status", "intended_status", "cur_state", "next_state")
     )
     given_up = {intended, current, following} == {"stopped"}

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from flask import Flask
 from werkzeug.serving import WSGIRequestHandler, make_server
 
 from infra.sandbox.civitai import Shelf, civitai_blueprint
+from infra.sandbox.hosts import Host
 from infra.sandbox.machines import LocalMachines
 from infra.sandbox.market import Market
 from infra.sandbox.vast import vast_blueprint
@@ -84,6 +85,7 @@ def running_sandbox(
     port: int = 0,
     time_scale: float = 1.0,
     seed: int = 0,
+    hosts: Sequence[Host] | None = None,
     boot_s: float | None = None,
     credit: float = 100.0,
     keep_logs: bool = False,
@@ -93,6 +95,7 @@ def running_sandbox(
 
     Args:
         time_scale: market seconds per real second.
+        hosts: what is for rent; None takes the market of `seed`.
         boot_s: market seconds from rented to running; None takes each host's own 20-90 s.
         credit: US dollars on the account.
         keep_logs: leave what machines printed below `data_dir/logs` after they are destroyed.
@@ -101,7 +104,14 @@ def running_sandbox(
         if data_dir is None:
             data_dir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sandbox-")))
         machines = LocalMachines(data_dir, keep_logs=keep_logs)
-        market = Market(machines, seed=seed, time_scale=time_scale, boot_s=boot_s, credit=credit)
+        market = Market(
+            machines,
+            hosts=hosts,
+            seed=seed,
+            time_scale=time_scale,
+            boot_s=boot_s,
+            credit=credit,
+        )
         stack.callback(market.close)
         app = create_sandbox_app(
             market,
