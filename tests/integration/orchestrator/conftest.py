@@ -28,6 +28,7 @@ from state.errors import StorageError
 from state.events import ApiKey, Attempt, Dataset, DatasetStatus
 from state.job import Job, JobRequest
 from state.lease import Lease, LeaseStatus
+from state.memory import MemoryStore
 from state.store import Store
 
 TOKEN = "bootstrap-token-of-the-test"
@@ -261,7 +262,7 @@ def sql_store(migrated: SqlStore, database_url: str) -> SqlStore:
 @pytest.fixture(params=["memory", "postgres"])
 def store(request: pytest.FixtureRequest) -> Iterator[Store]:
     if request.param == "memory":
-        yield pytest.importorskip("state.memory").MemoryStore()
+        yield MemoryStore()
         return
     yield request.getfixturevalue("sql_store")
 

@@ -14,6 +14,9 @@ from state.errors import StokerError
 from state.job import Reason, Status
 from state.lease import LeaseStatus
 
+#: What is refused before any database is asked needs none.
+without_database = pytest.mark.parametrize("store", ["memory"], indirect=True)
+
 
 class NeverThere(StokerError):
     """As the resolver of base models says: no later try will help."""
@@ -109,6 +112,7 @@ def test_a_hello_for_what_is_over_is_told_to_stop(edge, problem, why):
     assert wire.orders_from_bytes(answer.data) == [wire.Order.STOP]
 
 
+@without_database
 @pytest.mark.parametrize(
     "body",
     [
@@ -199,6 +203,7 @@ def test_fresh_urls_for_uploads_and_downloads(edge):
     assert answer.json["get"]["base"]["name"] == "base.safetensors"
 
 
+@without_database
 @pytest.mark.parametrize(
     "put",
     [
@@ -223,6 +228,7 @@ def test_no_url_for_a_name_that_leads_elsewhere_or_a_size_out_of_bounds(edge, pr
     problem(edge.agent().files({"put": [put]}), 422)
 
 
+@without_database
 @pytest.mark.parametrize(
     "wanted",
     [

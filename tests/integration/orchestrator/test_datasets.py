@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+#: What is refused before any database is asked needs none.
+without_database = pytest.mark.parametrize("store", ["memory"], indirect=True)
+
 FILE = {"name": "dog.jpg", "bytes": 1000, "sha256": "0" * 64}
 
 
@@ -26,6 +29,7 @@ def test_a_zip_is_one_upload(client, alice):
     assert [item["name"] for item in answer.json["uploads"]] == ["images.zip"]
 
 
+@without_database
 @pytest.mark.parametrize(
     ("body", "pointer"),
     [

@@ -7,6 +7,9 @@ import json
 import pytest
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
+#: What is refused before any database is asked needs none.
+without_database = pytest.mark.parametrize("store", ["memory"], indirect=True)
+
 METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
 
 
@@ -18,6 +21,7 @@ def paths(edge):
         yield path.replace("<int:number>", "1"), rule.methods
 
 
+@without_database
 def test_every_wrong_method_is_a_problem_that_names_the_right_ones(edge, client, problem):
     tried = 0
     by_path = {}
@@ -36,11 +40,13 @@ def test_every_wrong_method_is_a_problem_that_names_the_right_ones(edge, client,
     assert tried > 50
 
 
+@without_database
 @pytest.mark.parametrize("path", ["/", "/v2/jobs", "/v1", "/v1/jobs/x/y", "/%00", "/agent/v1/x"])
 def test_an_unknown_path_is_a_problem(client, alice, problem, path):
     problem(client.get(path, headers=alice), 404, "not_found")
 
 
+@without_database
 def test_every_public_route_wants_a_key(edge, client, problem):
     for path, methods in paths(edge):
         if path.startswith("/v1/"):
@@ -50,6 +56,7 @@ def test_every_public_route_wants_a_key(edge, client, problem):
                 assert answer.headers["WWW-Authenticate"] == "Bearer"
 
 
+@without_database
 @pytest.mark.parametrize(
     "header",
     [
@@ -95,6 +102,7 @@ def test_our_own_fault_says_nothing_of_itself(edge, client, alice, problem, monk
     assert "hunter2" not in answer.text
 
 
+@without_database
 def test_the_description_is_valid_openapi_3_1(edge, client):
     spec = client.get("/openapi.json").json
     assert spec["openapi"] == "3.1.0"
@@ -112,6 +120,7 @@ def test_the_description_is_valid_openapi_3_1(edge, client):
     assert len(names) == len(set(names))
 
 
+@without_database
 def test_alive_is_not_the_same_as_ready(edge, client, problem):
     assert client.get("/healthz").json == {"status": "alive"}
     assert client.get("/readyz").json["parts"] == {"database": {"ok": True}, "redis": {"ok": True}}
@@ -124,6 +133,7 @@ def test_alive_is_not_the_same_as_ready(edge, client, problem):
     assert client.get("/healthz").status_code == 200
 
 
+@without_database
 def test_a_check_that_breaks_is_a_part_that_is_down(edge, client, problem):
     edge.deps.ready_checks["database"] = lambda: 1 / 0
     parts = problem(client.get("/readyz"), 503)["parts"]
@@ -145,6 +155,7 @@ def test_metrics_tell_of_requests_and_of_the_fleet(edge, client, alice):
     assert "stoker_oldest_open_lease_seconds 60.0" in text
 
 
+@without_database
 def test_the_version_is_told(client):
     assert client.get("/version").json["wire"] == 1
 
@@ -162,6 +173,7 @@ def test_problems_of_a_database_outage_ask_for_another_try(edge, client, monkeyp
     assert int(answer.headers["Retry-After"]) > 0
 
 
+@without_database
 def test_answers_are_compact_json(client, alice):
     text = client.get("/v1/jobs", headers=alice).text
     assert json.loads(text) == {"data": [], "has_more": False, "next_cursor": None}

@@ -16,6 +16,9 @@ from state.errors import StoreUnavailable
 from state.job import Reason, Status
 from state.record import Outcome
 
+#: What is refused before any database is asked needs none.
+without_database = pytest.mark.parametrize("store", ["memory"], indirect=True)
+
 ALL = (Fact.GPU_READY, Fact.IMAGES_READY, Fact.MODEL_READY, Fact.FILES_POSITIONED)
 
 
@@ -108,6 +111,7 @@ def forged(kind, agent, body, good):
     }[kind]
 
 
+@without_database
 @pytest.mark.parametrize(
     "kind",
     [
@@ -177,6 +181,7 @@ GARBAGE = [
 ]
 
 
+@without_database
 @pytest.mark.parametrize("body", GARBAGE, ids=range(len(GARBAGE)))
 def test_well_signed_garbage_is_refused_for_good(edge, client, problem, body):
     agent = edge.agent()
@@ -202,6 +207,7 @@ def test_a_well_signed_report_with_a_wrong_field_does_no_harm(edge, client, chan
     assert agent.report(Fact.HEARTBEAT).status_code == 200, "the next report is taken"
 
 
+@without_database
 def test_a_body_of_ten_megabytes_is_refused_unread(edge, problem):
     agent = edge.agent()
 
@@ -221,6 +227,7 @@ def test_a_body_of_ten_megabytes_is_refused_unread(edge, problem):
         assert source.taken <= wire.MAX_BODY + 1
 
 
+@without_database
 @pytest.mark.parametrize("stated", ["-1", "abc", "1e3", "9" * 30, "\u0663"])
 def test_a_nonsense_length_is_refused(edge, problem, stated):
     agent = edge.agent()
@@ -235,6 +242,7 @@ def test_a_body_that_ends_early_is_worth_another_try(edge, problem):
     assert problem(answer, 400, "truncated")["retryable"] is True
 
 
+@without_database
 def test_only_post_reports(edge, problem):
     agent = edge.agent()
     for method in ("GET", "PUT", "DELETE", "HEAD", "OPTIONS"):
