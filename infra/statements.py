@@ -179,12 +179,13 @@ def next_outgoing() -> Sql:
     statement = select(*codecs.OUTGOING.columns).where(
         outgoing.c.job == bindparam("job"), _IS_WAITING
     )
-    return _sql(statement.order_by(outgoing.c.seq, outgoing.c.id).limit(1))
+    return _sql(statement.order_by(outgoing.c.seq, outgoing.c.id).limit(literal_column("1")))
 
 
 @cache
 def lock_name() -> Sql:
-    return _sql(select(func.pg_advisory_xact_lock(func.hashtextextended(bindparam("name"), 0))))
+    number = func.hashtextextended(bindparam("name"), literal_column("0"))
+    return _sql(select(func.pg_advisory_xact_lock(number)))
 
 
 # --- through SQLAlchemy -----------------------------------------------------------------------
