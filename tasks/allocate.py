@@ -150,7 +150,8 @@ class Renter:
                 self._explain(tx, job, reason, now)
                 return None
             lease = Lease(
-                id=f"lease_{secrets.token_hex(8)}",
+                # Counted under the job's lock, so that leases sort as they were made.
+                id=f"{job.id}.{len(tx.leases_of(job.id)) + 1:03d}",
                 job=job.id,
                 attempt=job.attempt,
                 label=self.terms.label(job),

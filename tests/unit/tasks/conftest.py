@@ -1,0 +1,161 @@
+"""A whole Stoker in memory: store, market, clock; nothing runs unless a test says so."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Protocol
+
+import pytest
+
+from gpu_agent.wire import Fact, Report
+from infra.provider_memory import MemoryProvider
+from state import record
+from state.events import Dataset, DatasetStatus, Secret
+from state.job import Job, JobRequest
+from state.lease import Lease
+from state.memory import MemoryStore
+from state.offer import Offer
+from tasks.allocate import Renter, Terms
+from tasks.deallocate import Keeper
+from tasks.reconcile import reconcile
+
+
+class Clock(Protocol):
+    now: datetime
+
+    def __call__(self) -> datetime: ...
+    def advance(self, seconds: float) -> datetime: ...
+
+
+def offer(number: int = 1, **changes: Any) -> Offer:
+    fields: dict[str, Any] = {
+        "id": str(number),
+        "machine_id": f"m{number}",
+        "gpu_name": "RTX 4090",
+        "num_gpus": 1,
+        "vram_gb": 24.0,
+        "price": 400_000,
+        "storage_price": 10_000,
+        "download_price": 0,
+        "upload_price": 0,
+        "download_mbps": 800.0,
+        "upload_mbps": 800.0,
+        "reliability": 0.99,
+        "verified": True,
+        "cuda": 12.8,
+        "disk_gb": 100.0,
+    }
+    return Offer(**{**fields, **changes})
+
+
+@dataclass
+class World:
+    """Drive it by `tick`; the tasks that a worker would run are run in place."""
+
+    clock: Clock
+    provider: MemoryProvider
+    store: MemoryStore = field(default_factory=MemoryStore)
+    terms: Terms = field(
+        default_factory=lambda: Terms(
+            deployment="test", image="image", public_url="http://stoker", onstart="true"
+        )
+    )
+    numbers: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def renter(self) -> Renter:
+        return Renter(store=self.store, provider=self.provider, terms=self.terms, clock=self.clock)
+
+    @property
+    def keeper(self) -> Keeper:
+        return Keeper(store=self.store, provider=self.provider, clock=self.clock)
+
+    def add_job(self, job_id: str = "job_1", **request: Any) -> Job:
+        with self.store.transaction() as tx:
+            if f"ds_{job_id}" not in self.numbers:
+                self.numbers[f"ds_{job_id}"] = 0
+                tx.add_dataset(
+                    Dataset(
+                        id=f"ds_{job_id}",
+                        owner="o",
+                        created_at=self.clock(),
+                        status=DatasetStatus.READY,
+                    )
+                )
+            wanted = JobRequest(
+                **{
+                    "dataset_id": f"ds_{job_id}",
+                    "base": "civitai:1",
+                    "webhook_url": "https://example.com/hook",
+                    **request,
+                }
+            )
+            secret = Secret("whsec_" + "A" * 44)
+            return record.create_job(
+                tx,
+                wanted,
+                owner="o",
+                now=self.clock(),
+                job_id=job_id,
+                webhook_secrets=[secret],
+            )
+
+    def report(
+        self, fact: Fact, data: Mapping[str, Any] | None = None, *, job: str = "job_1"
+    ) -> record.Taken:
+        """One more report of the job's present attempt."""
+        attempt = self.job(job).attempt
+        key = f"{job}.{attempt}"
+        self.numbers[key] = self.numbers.get(key, 0) + 1
+        sent = Report(
+            job=job,
+            attempt=attempt,
+            seq=self.numbers[key],
+            type=fact,
+            at=self.clock().timestamp(),
+            data=data or {},
+        )
+        with self.store.transaction() as tx:
+            return record.take_reports(tx, [sent], self.clock())[0]
+
+    def job(self, job_id: str = "job_1") -> Job:
+        with self.store.transaction() as tx:
+            return tx.job(job_id)
+
+    def leases(self, job_id: str = "job_1") -> list[Lease]:
+        with self.store.transaction() as tx:
+            return tx.leases_of(job_id)
+
+    def webhooks(self, job_id: str = "job_1") -> list[str]:
+        with self.store.transaction() as tx:
+            return [row.type for row in tx.list_outgoing(job_id)]
+
+    def tick(self, seconds: float = 1.0) -> None:
+        """Let time pass, reconcile once, and run what it woke."""
+        self.clock.advance(seconds)
+        woken: list[tuple[str, Sequence[str]]] = []
+        reconcile(self.store, lambda task, ids: woken.append((task, list(ids))), self.clock())
+        for task, ids in woken:
+            if task == "tend":
+                self.keeper.tend(ids)
+            for item in ids:
+                if task == "allocate":
+                    self.renter.allocate(item)
+                elif task == "deallocate":
+                    self.keeper.release_job(item)
+
+    def settle(self, *, ticks: int = 200) -> None:
+        """Tick until no lease is open."""
+        for _ in range(ticks):
+            with self.store.transaction() as tx:
+                if not tx.open_leases():
+                    return
+            self.tick()
+        raise AssertionError(f"leases stayed open: {self.leases()}")
+
+
+@pytest.fixture
+def world(clock: Clock) -> World:
+    return World(clock, MemoryProvider(clock, [offer(1), offer(2, price=500_000)]))
