@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
@@ -12,6 +14,7 @@ import pytest
 from gpu_agent.wire import Fact, Report
 from infra.provider_memory import MemoryProvider
 from state import record
+from state.errors import NotFound, StorageError
 from state.events import Dataset, DatasetStatus, Secret
 from state.job import Job, JobRequest
 from state.lease import Lease
@@ -159,3 +162,45 @@ class World:
 @pytest.fixture
 def world(clock: Clock) -> World:
     return World(clock, MemoryProvider(clock, [offer(1), offer(2, price=500_000)]))
+
+
+class MemoryStorage:
+    """The part of `infra.storage.Storage` that tasks use, on a dict."""
+
+    def __init__(self) -> None:
+        self.objects: dict[str, bytes] = {}
+
+    def get_file(self, key: str, path: Path) -> None:
+        path.write_bytes(self._at(key))
+
+    def put_file(self, key: str, path: Path, *, content_type: str = "") -> None:
+        self.objects[key] = path.read_bytes()
+
+    def delete(self, key: str) -> None:
+        self.objects.pop(key, None)
+
+    def delete_prefix(self, prefix: str) -> int:
+        doomed = [key for key in self.objects if key.startswith(prefix)]
+        for key in doomed:
+            del self.objects[key]
+        return len(doomed)
+
+    def copy(self, source: str, target: str) -> None:
+        self.objects[target] = self._at(source)
+
+    def verify(self, key: str, *, bytes: int, sha256: str) -> None:
+        body = self._at(key)
+        if (len(body), hashlib.sha256(body).hexdigest()) != (bytes, sha256):
+            raise StorageError(f"{key} is something else", code="weights_checksum", retryable=False)
+
+    verify_safetensors = verify
+
+    def _at(self, key: str) -> bytes:
+        if key not in self.objects:
+            raise NotFound(f"{key} is not in the store")
+        return self.objects[key]
+
+
+@pytest.fixture
+def storage() -> MemoryStorage:
+    return MemoryStorage()

@@ -1,0 +1,208 @@
+"""Photographs in, a checked zip out; whatever is wrong is said by name, and nothing is lost."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import stat
+import struct
+import zipfile
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from state.events import Dataset, DatasetStatus
+from state.job import JobRequest, Status
+from state.memory import MemoryStore
+from state.record import create_job
+from tasks.dataset import DatasetBuilder, upload_key, zip_key
+
+
+def photo(side: int = 300, colour: str = "red", kind: str = "JPEG") -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", (side, side), colour).save(out, kind)
+    return out.getvalue()
+
+
+def zipped(*entries: tuple[str, bytes], mode: int | None = None) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, body in entries:
+            info = zipfile.ZipInfo(name)
+            info.compress_type = zipfile.ZIP_DEFLATED
+            if mode is not None:
+                info.external_attr = mode << 16
+            archive.writestr(info, body)
+    return out.getvalue()
+
+
+class Shop:
+    """One dataset and its builder."""
+
+    def __init__(self, clock: Any, storage: Any) -> None:
+        self.store, self.storage, self.clock = MemoryStore(), storage, clock
+
+    def build(self, *files: tuple[str, bytes], sent: dict[str, bytes] | None = None) -> Dataset:
+        announced = [
+            {"name": name, "bytes": len(body), "sha256": hashlib.sha256(body).hexdigest()}
+            for name, body in files
+        ]
+        with self.store.transaction() as tx:
+            tx.add_dataset(
+                Dataset(
+                    id="ds_1",
+                    owner="o",
+                    created_at=self.clock(),
+                    status=DatasetStatus.BUILDING,
+                    files=tuple(announced),
+                )
+            )
+            create_job(
+                tx,
+                JobRequest(dataset_id="ds_1", base="civitai:1"),
+                owner="o",
+                now=self.clock(),
+                job_id="job_1",
+            )
+        for index, (name, body) in enumerate(files):
+            body = (sent or {}).get(name, body)
+            if body:
+                self.storage.objects[upload_key("ds_1", index)] = body
+        DatasetBuilder(store=self.store, storage=self.storage, clock=self.clock).build("ds_1")
+        with self.store.transaction() as tx:
+            return tx.dataset("ds_1")
+
+    def names(self) -> list[str]:
+        with zipfile.ZipFile(io.BytesIO(self.storage.objects[zip_key("ds_1")])) as archive:
+            return archive.namelist()
+
+    def job_status(self) -> Status:
+        with self.store.transaction() as tx:
+            return tx.job("job_1").status
+
+
+@pytest.fixture
+def shop(clock: Any, storage: Any) -> Shop:
+    return Shop(clock, storage)
+
+
+def test_photographs_and_captions_become_a_zip_and_the_job_moves_on(shop: Shop) -> None:
+    dataset = shop.build(("a.jpg", photo()), ("b.png", photo(kind="PNG")), ("a.txt", b"a dog"))
+    assert dataset.status is DatasetStatus.READY
+    assert shop.names() == ["00000.jpg", "00001.png", "00000.txt"]
+    body = shop.storage.objects[zip_key("ds_1")]
+    assert (dataset.zip_bytes, dataset.zip_sha256) == (
+        len(body),
+        hashlib.sha256(body).hexdigest(),
+    )
+    assert shop.job_status() is Status.PENDING_GPU
+    assert list(shop.storage.objects) == [zip_key("ds_1")]
+
+
+def test_a_zip_is_taken_apart_and_litter_is_left_out(shop: Shop) -> None:
+    body = zipped(
+        ("dogs/1.jpg", photo()),
+        ("dogs/1.txt", b"one"),
+        ("__MACOSX/dogs/._1.jpg", b"x"),
+        ("dogs/.DS_Store", b"x"),
+    )
+    assert shop.build(("photos.zip", body)).status is DatasetStatus.READY
+    assert shop.names() == ["00000.jpg", "00000.txt"]
+
+
+def test_a_text_file_named_jpg_is_refused_by_name_and_the_rest_is_kept(shop: Shop) -> None:
+    dataset = shop.build(("good.jpg", photo()), ("bad.jpg", b"not a picture at all"))
+    assert dataset.status is DatasetStatus.READY
+    assert dataset.report["refused"] == [
+        {"name": "bad.jpg", "why": "is no image, whatever its name says, or is damaged"}
+    ]
+
+
+def test_a_truncated_photograph_is_refused(shop: Shop) -> None:
+    body = photo(600)
+    dataset = shop.build(("cut.jpg", body[: len(body) // 2]))
+    assert dataset.status is DatasetStatus.REFUSED
+    assert "cut.jpg is no image" in dataset.report["message"]
+    assert shop.job_status() is Status.FAILED
+
+
+def test_a_truncated_upload_is_told_from_a_bad_photograph(shop: Shop) -> None:
+    body = photo(600)
+    dataset = shop.build(("cut.jpg", body), sent={"cut.jpg": body[:100]})
+    assert "announced were" in dataset.report["refused"][0]["why"]
+
+
+def test_another_file_than_announced_is_refused(shop: Shop) -> None:
+    dataset = shop.build(("a.bmp", photo(kind="BMP")), sent={"a.bmp": photo(300, "blue", "BMP")})
+    assert "another SHA-256" in dataset.report["refused"][0]["why"]
+
+
+def test_an_announced_file_that_never_came_is_named(shop: Shop) -> None:
+    dataset = shop.build(("a.jpg", photo()), ("b.jpg", photo(301)), sent={"b.jpg": b""})
+    assert dataset.report["refused"] == [
+        {"name": "b.jpg", "why": "was announced but never uploaded"}
+    ]
+
+
+def test_no_image_at_all_refuses_the_dataset_and_fails_its_job(shop: Shop) -> None:
+    dataset = shop.build(("notes.txt", b"hello"))
+    assert dataset.report["message"] == "the dataset has no image"
+    assert shop.job_status() is Status.FAILED
+
+
+def test_the_same_picture_twice_is_kept_once(shop: Shop) -> None:
+    dataset = shop.build(("a.jpg", photo()), ("b.jpg", photo()))
+    assert [item["name"] for item in dataset.report["kept"]] == ["a.jpg"]
+    assert "same picture as a.jpg" in dataset.report["warned"][0]["why"]
+
+
+def test_a_tiny_picture_is_refused_and_a_small_one_warned_of(shop: Shop) -> None:
+    dataset = shop.build(("tiny.jpg", photo(20)), ("small.jpg", photo(100)))
+    assert dataset.report["refused"][0]["name"] == "tiny.jpg"
+    assert dataset.report["warned"][0]["name"] == "small.jpg"
+
+
+@pytest.mark.parametrize("name", ["../evil.jpg", "/etc/evil.jpg", "a/../../b.jpg", "C:\\x.jpg"])
+def test_a_zip_that_leads_outside_itself_is_refused(shop: Shop, name: str) -> None:
+    dataset = shop.build(("photos.zip", zipped((name, photo()))))
+    assert dataset.status is DatasetStatus.REFUSED
+    assert "leads outside" in dataset.report["message"]
+
+
+def test_a_zip_with_a_link_is_refused(shop: Shop) -> None:
+    body = zipped(("link.jpg", b"/etc/passwd"), mode=stat.S_IFLNK | 0o777)
+    assert "link or special file" in shop.build(("photos.zip", body)).report["message"]
+
+
+def test_a_zip_bomb_is_refused_by_what_comes_out_of_it(shop: Shop) -> None:
+    body = zipped(("bomb.jpg", bytes(150 * 2**20)))
+    assert len(body) < 2**20
+    assert "unpacks to far more" in shop.build(("photos.zip", body)).report["message"]
+
+
+def test_a_zip_that_lies_about_sizes_is_refused(shop: Shop) -> None:
+    body = bytearray(zipped(("a.jpg", bytes(3 * 2**20))))
+    at = body.index(b"PK\x01\x02")
+    body[at + 24 : at + 28] = struct.pack("<I", 10)
+    dataset = shop.build(("photos.zip", bytes(body)))
+    assert dataset.status is DatasetStatus.REFUSED
+
+
+@pytest.mark.parametrize("body", [b"PK\x03\x04garbage", zipped(("a.jpg", photo()))[:-30]])
+def test_a_damaged_zip_is_refused(shop: Shop, body: bytes) -> None:
+    assert "not a readable zip" in shop.build(("photos.zip", body)).report["message"]
+
+
+def test_a_zip_with_a_name_twice_is_refused(shop: Shop) -> None:
+    with pytest.warns(UserWarning, match="Duplicate name"):
+        body = zipped(("a.jpg", photo()), ("a.jpg", photo(301)))
+    assert "twice" in shop.build(("photos.zip", body)).report["message"]
+
+
+def test_building_twice_makes_the_same_bytes(shop: Shop) -> None:
+    first = shop.build(("a.jpg", photo()), ("b.jpg", photo(301)))
+    other = Shop(shop.clock, type(shop.storage)())
+    shop.clock.advance(1000)
+    second = other.build(("a.jpg", photo()), ("b.jpg", photo(301)))
+    assert first.zip_sha256 == second.zip_sha256
