@@ -34,6 +34,7 @@ import traceback
 from pathlib import Path
 
 from gpu_agent.lora.errors import TrainerError, TrainingError
+from gpu_agent.lora.hush import hush_libraries
 from gpu_agent.lora.job import Job
 from gpu_agent.lora.talk import Events, JsonLines, Orders
 
@@ -48,7 +49,8 @@ def main(arguments: list[str] | None = None) -> int:
     events = JsonLines.take_stdout()
     orders = Orders()
     orders.obey_sigterm()
-    orders.listen(sys.stdin)
+    if sys.stdin is not None:
+        orders.listen(sys.stdin.buffer)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(name)s: %(message)s")
     try:
         return 0 if _train(asked.job, events, orders) else STOPPED
@@ -60,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _train(job_file: Path, events: Events, orders: Orders) -> bool:
-    _be_offline_and_quiet()
+    hush_libraries()
     from gpu_agent.lora import plan
 
     planned = plan.make(Job.read(job_file))
@@ -71,18 +73,6 @@ def _train(job_file: Path, events: Events, orders: Orders) -> bool:
     )  # torch and diffusers take seconds; a bad job never gets here
 
     return session.train(planned, events, orders)
-
-
-def _be_offline_and_quiet() -> None:
-    """Settings that the libraries read while they are imported."""
-    for name, value in {
-        "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "TRANSFORMERS_VERBOSITY": "error",
-        "DIFFUSERS_VERBOSITY": "error",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    }.items():
-        os.environ.setdefault(name, value)
 
 
 def _translate(error: Exception) -> TrainerError:

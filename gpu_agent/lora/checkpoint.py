@@ -40,7 +40,7 @@ _FORMAT = 1
 
 @dataclass(frozen=True)
 class Belongs:
-    """What a checkpoint can be continued with: the same recipe, pictures and base, or not at all."""
+    """What a checkpoint can be continued with: the same recipe, pictures and base alone."""
 
     recipe: str
     dataset: str
@@ -84,6 +84,11 @@ class Checkpoints:
         folder.mkdir(parents=True, exist_ok=True)
         for left in folder.glob("*.part"):
             shutil.rmtree(left)
+
+    def clear(self) -> None:
+        """Forget what an earlier training left in the same folder."""
+        for folder in self._all():
+            shutil.rmtree(folder)
 
     def save(self, progress: Progress) -> Path:
         """Write a checkpoint, then drop those that are neither the last nor among the best."""

@@ -242,7 +242,7 @@ class Loop:
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:
-    """The rate for the step after `step` done ones: linear warm-up, then constant or cosine to 0."""
+    """The rate after `step` done steps: linear warm-up, then constant or cosine to 0."""
     if step < recipe.warmup_steps:
         return recipe.learning_rate * (step + 1) / recipe.warmup_steps
     if recipe.scheduler == "constant":

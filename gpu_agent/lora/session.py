@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,8 @@ from accelerate import Accelerator
 
 from gpu_agent.lora import checkpoint, curve, data, draws, export
 from gpu_agent.lora.adapter import Adapter
-from gpu_agent.lora.cache import Cache, Sample
-from gpu_agent.lora.errors import JobError, ModelError
+from gpu_agent.lora.cache import Cache
+from gpu_agent.lora.errors import JobError
 from gpu_agent.lora.evaluate import Evaluator
 from gpu_agent.lora.families import Model
 from gpu_agent.lora.loop import Loop
@@ -75,6 +74,8 @@ def train(plan: Plan, events: Events, orders: Orders) -> bool:
         draw_samples=painter.paint,
     )
     refused = _resume(loop, checkpoints, job.resume_dir)
+    if loop.step == 0:
+        checkpoints.clear()
     if 0 not in loop.validations:
         loop.validate()
     events.emit(

@@ -25,8 +25,8 @@ class JsonLines:
     """Events as JSON lines on the real stdout.
 
     Libraries print to stdout as they like; a line of theirs among ours would be garbage to the
-    agent. So the real descriptor is kept for events alone, and descriptor 1 becomes stderr, also for
-    what C code prints.
+    agent. So the real descriptor is kept for events alone, and descriptor 1 becomes stderr, for
+    what C code prints too.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -57,10 +57,10 @@ class Orders:
         self._checkpoint = threading.Event()
         self._sample = threading.Event()
 
-    def note(self, order: str) -> None:
+    def note(self, order: object) -> None:
         """Note an order; one that is not known is logged and changes nothing."""
         known = {"stop": self._stop, "checkpoint_now": self._checkpoint, "sample_now": self._sample}
-        if order in known:
+        if isinstance(order, str) and order in known:
             known[order].set()
         else:
             _log.warning("unknown order %.80r", order)
@@ -77,7 +77,7 @@ class Orders:
         """Whether sample images were asked for since the last call."""
         return _take(self._sample)
 
-    def listen(self, lines: Iterable[str]) -> threading.Thread:
+    def listen(self, lines: Iterable[bytes]) -> threading.Thread:
         """Read orders until the lines end, in a thread that does not keep the process alive."""
         thread = threading.Thread(target=self._read, args=(lines,), name="orders", daemon=True)
         thread.start()
@@ -91,14 +91,14 @@ class Orders:
 
         signal.signal(signal.SIGTERM, stop)
 
-    def _read(self, lines: Iterable[str]) -> None:
+    def _read(self, lines: Iterable[bytes]) -> None:
         for line in lines:
             try:
                 order = json.loads(line)["order"]
             except (ValueError, KeyError, TypeError, RecursionError):
                 _log.warning("not an order: %.80r", line)
                 continue
-            self.note(str(order))
+            self.note(order)
 
 
 def _take(flag: threading.Event) -> bool:

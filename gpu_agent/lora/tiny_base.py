@@ -18,12 +18,13 @@ from typing import Any
 
 from gpu_agent.lora.families import ldm
 from gpu_agent.lora.families.clip_words import BYTE_WORDS
+from gpu_agent.lora.hush import hush_libraries
 
 #: Multiples of 32 (normalisation groups) and of 8 (attention heads).
 UNET_WIDTHS = (32, 64, 64, 64)
 VAE_WIDTHS = (32, 32, 64, 64)
 TEXT_WIDTH = 64
-#: An untrained VAE would drown the image in its own noise: this bias lets it through (log variance).
+#: Log variance of the latents: an untrained VAE would drown the image in its own noise.
 _LOG_VARIANCE = -8.0
 
 
@@ -32,6 +33,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args(arguments)
+    hush_libraries()
     write(asked.out, asked.seed)
 
 

@@ -1,10 +1,10 @@
 """The tokenizer that goes with a text encoder.
 
 A single file does not carry one. CLIP's vocabulary is 512 byte tokens, one token per merge, and
-two special tokens, which is why its 49,408 embeddings mean 48,894 merges, and why 514 embeddings mean a
-CLIP tokenizer without merges, which needs no file at all (the tiny base uses it). The real merges
-(`openai/clip-vit-large-patch14`, MIT, 1.5 MB) come from a `tokenizer` folder beside the model,
-else from the Hugging Face hub or its cache.
+two special tokens. So its 49,408 embeddings mean 48,894 merges, and 514 embeddings mean a CLIP
+tokenizer without merges, which needs no file at all (the tiny base has that one). The real merges
+(`openai/clip-vit-large-patch14`, 1.5 MB) come from a `tokenizer` folder beside the model, else
+from the Hugging Face hub or its cache.
 """
 
 from __future__ import annotations

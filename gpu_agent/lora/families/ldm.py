@@ -299,7 +299,8 @@ def unet_name(name: str, *, layers: int, attends: tuple[bool, ...]) -> str:
         place = f"middle_block.{1 if kind == 'attentions' else 2 * int(number)}"
         return f"{place}.{_unet_inner(kind, inner)}"
     block, kind, number, *inner = rest
-    return f"{_unet_place(side, int(block), kind, int(number), layers, attends)}.{_unet_inner(kind, inner)}"
+    place = _unet_place(side, int(block), kind, int(number), layers, attends)
+    return f"{place}.{_unet_inner(kind, inner)}"
 
 
 def _unet_place(
