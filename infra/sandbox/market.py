@@ -30,6 +30,11 @@ MAX_ONSTART, MAX_ENV, MAX_LABEL_AT_CREATE, MAX_LABEL, MIN_DISK_GB = 4048, 32768,
 LIST_COLUMNS = frozenset(
     {"id", "label", "machine_id", "actual_status", "intended_status", "gpu_name", "verification"}
 )
+CDI_FAULT = (
+    "Error response from daemon: failed to create task for container: failed to create shim task: "
+    "OCI runtime create failed: could not apply required modification to OCI specification: error "
+    "modifying OCI spec: failed to inject CDI devices: unresolvable CDI devices"
+)
 LAYERS = ("0d30c18b26f8", "9e3ea8720c6d", "4f4fb700ef54", "b26f1e0c7d32")
 
 
@@ -92,6 +97,7 @@ class Market:
         machines: runs what is rented.
         url: how machines reach this sandbox (their `VAST_URL`); set once the server listens.
         boot_s: market seconds from the contract to `running`; None takes each host's own.
+        read_lag_s: market seconds for which a new contract is in no record and no list.
         credit: US dollars.
         clock: real epoch seconds.
     """
@@ -105,11 +111,12 @@ class Market:
         time_scale: float = 1.0,
         boot_s: float | None = None,
         credit: float = 100.0,
+        read_lag_s: float = 0.0,
         url: str = "",
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.machines, self.url, self.credit = machines, url, credit
-        self.time_scale, self.boot_s = time_scale, boot_s
+        self.time_scale, self.boot_s, self.read_lag_s = time_scale, boot_s, read_lag_s
         self.lock = threading.RLock()
         self.contracts: dict[int, Contract] = {}
         #: Destroyed ones, for the charges.
@@ -167,12 +174,14 @@ class Market:
             return contract
 
     def get(self, number: int) -> Contract | None:
+        """The contract, once reads show it."""
         with self.lock:
-            return self.contracts.get(number)
+            contract = self.contracts.get(number)
+            return contract if contract and self._readable(contract) else None
 
     def need(self, number: int) -> Contract:
         """Raises: MarketError (404)."""
-        contract = self.get(number)
+        contract = self.contracts.get(number)
         if contract is None:
             raise MarketError(404, "no_such_instance", f"Instance {number} not found.")
         return contract
@@ -196,7 +205,9 @@ class Market:
             contract.intended = contract.following = contract.current = "stopped"
             contract.steps = []
             contract.queued_start = False
-            if contract.actual == "running":
+            if self._ending(contract):
+                # The next ticks see its processes end.
+                contract.actual = "running"
                 self.machines.stop(str(number))
             else:
                 contract.actual = "stopped"
@@ -246,7 +257,8 @@ class Market:
                 msg = f"Error in query parameters: {column} is not a valid search key"
                 raise MarketError(400, "invalid_request", msg)
         with self.lock:
-            everything = [self.row(contract) for contract in self.contracts.values()]
+            shown = [item for item in self.contracts.values() if self._readable(item)]
+            everything = [self.row(contract) for contract in shown]
         rows = [row for row in everything if _matches(row, filters)]
         _sort(rows, _order(order) or [("id", "asc")])
         first = _read_token(after, rows) if after else 0
@@ -338,6 +350,41 @@ class Market:
             "results": results,
         }
 
+    # what a rehearsal does to an instance
+
+    def abandon(self, number: int, message: str = CDI_FAULT) -> None:
+        """The host cannot start it: `created`, meant to be stopped, and so for ever."""
+        with self.lock:
+            contract = self.need(number)
+            contract.actual, contract.message, contract.steps = "created", message, []
+            contract.intended = contract.current = contract.following = "stopped"
+
+    def stick(self, number: int, message: str = "Retrying in 5 seconds") -> None:
+        """It never comes further than `loading`."""
+        with self.lock:
+            contract = self.need(number)
+            contract.actual, contract.message, contract.steps = "loading", message, []
+
+    def outbid(self, number: int) -> None:
+        """Somebody else gets the GPU: processes end at once, a start is only queued."""
+        with self.lock:
+            self.stop(number)
+            self.need(number).queued_start = True
+
+    def lose(self, number: int) -> None:
+        """The host goes off line; the container runs on, unseen and unbilled."""
+        with self.lock:
+            contract = self.need(number)
+            self._bill(contract)
+            contract.actual = "offline"
+
+    def regain(self, number: int) -> None:
+        """The host is back, with its container as it was."""
+        with self.lock:
+            contract = self.need(number)
+            self._bill(contract)
+            contract.actual = "running"
+
     # time
 
     def tick(self) -> None:
@@ -362,6 +409,9 @@ class Market:
         """Wait until everything destroyed so far is gone."""
         for killer in list(self._stopping):
             killer.join()
+
+    def _readable(self, contract: Contract) -> bool:
+        return self.now() >= contract.created_at + self.read_lag_s
 
     def _number(self) -> int:
         self._next_id += self._random.randrange(1, 40)
@@ -427,11 +477,12 @@ class Market:
                 return
             _, contract.actual, contract.message = contract.steps.pop(0)
             if contract.actual == "running":
-                self._charge(contract, {"bwd": IMAGE_GB * contract.host.inet_down_cost})
+                if not contract.charges["bwd"]:
+                    self._charge(contract, {"bwd": IMAGE_GB * contract.host.inet_down_cost})
                 self._launch(contract)
 
     def _ending(self, contract: Contract) -> bool:
-        """Whether an earlier container of this contract still has to end."""
+        """Whether a container of this contract has still to end."""
         return self.machines.exit_code(str(contract.id)) is None
 
     def _launch(self, contract: Contract) -> None:

@@ -15,6 +15,7 @@ from flask import Flask
 from werkzeug.serving import WSGIRequestHandler, make_server
 
 from infra.sandbox.civitai import Shelf, civitai_blueprint
+from infra.sandbox.faults import Fault, FaultLayer, LimitLayer
 from infra.sandbox.hosts import Host
 from infra.sandbox.machines import LocalMachines
 from infra.sandbox.market import Market
@@ -63,14 +64,24 @@ def create_sandbox_app(
     account_key: str,
     base_model_dir: Path | None = None,
     civitai_key: str = "",
+    faults: Sequence[Fault] = (),
+    fault_rate: float = 0.0,
+    seed: int = 0,
+    rate_limits: bool = False,
 ) -> Flask:
-    """Vast's REST over `market`; Civitai's too where there is a `base_model_dir`."""
+    """Vast's REST over `market`; Civitai's too where there is a `base_model_dir`. For `faults`,
+    `fault_rate`, `seed` and `rate_limits` see `running_sandbox`."""
     app = Flask("stoker-sandbox", static_folder=None)
     app.url_map.strict_slashes = False
     app.register_blueprint(vast_blueprint(market, account_key))
     if base_model_dir is not None:
         app.register_blueprint(civitai_blueprint(Shelf(base_model_dir), civitai_key))
-    app.wsgi_app = _OneSlash(app.wsgi_app)  # type: ignore[method-assign] # Flask's own way to wrap
+    layered: WSGIApplication = app.wsgi_app
+    if faults or fault_rate:
+        layered = FaultLayer(layered, faults, rate=fault_rate, seed=seed)
+    if rate_limits:
+        layered = LimitLayer(layered, market.now)
+    app.wsgi_app = _OneSlash(layered)  # type: ignore[method-assign] # Flask's own way to wrap
     return app
 
 
@@ -89,6 +100,9 @@ def running_sandbox(
     boot_s: float | None = None,
     credit: float = 100.0,
     keep_logs: bool = False,
+    faults: Sequence[Fault] = (),
+    fault_rate: float = 0.0,
+    rate_limits: bool = False,
 ) -> Iterator[Sandbox]:
     """A sandbox on a port of its own (0: any free one), until the block ends; its machines end
     with it. Without `data_dir` their directories are temporary.
@@ -99,6 +113,9 @@ def running_sandbox(
         boot_s: market seconds from rented to running; None takes each host's own 20-90 s.
         credit: US dollars on the account.
         keep_logs: leave what machines printed below `data_dir/logs` after they are destroyed.
+        faults: what goes wrong with which calls.
+        fault_rate: chance per call of some other trouble, drawn by `seed`.
+        rate_limits: refuse calls that come faster than Vast documents.
     """
     with contextlib.ExitStack() as stack:
         if data_dir is None:
@@ -118,6 +135,10 @@ def running_sandbox(
             account_key=account_key,
             base_model_dir=base_model_dir,
             civitai_key=civitai_key,
+            faults=faults,
+            fault_rate=fault_rate,
+            seed=seed,
+            rate_limits=rate_limits,
         )
         server = make_server(host, port, app, threaded=True, request_handler=_Handler)
         stack.callback(server.server_close)

@@ -1,0 +1,184 @@
+"""The sandbox's market by itself: time, money and the order of states."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from infra.sandbox.hosts import MARKET, seeded
+from infra.sandbox.market import IMAGE_GB, Contract, Market, MarketError
+
+
+class Paper:
+    """Machines that exist on paper only."""
+
+    def __init__(self) -> None:
+        self.running: dict[str, Mapping[str, str]] = {}
+        self.destroyed: list[str] = []
+
+    def start(
+        self, name: str, *, env: Mapping[str, str], onstart: str, args: Sequence[str], stays: bool
+    ) -> None:
+        self.running[name] = env
+
+    def exit_code(self, name: str) -> int | None:
+        return None if name in self.running else 0
+
+    def stop(self, name: str) -> None:
+        self.running.pop(name, None)
+
+    def destroy(self, name: str) -> None:
+        self.running.pop(name, None)
+        self.destroyed.append(name)
+
+    def log(self, name: str) -> str:
+        return ""
+
+    def directory(self, name: str) -> Path:
+        return Path(name)
+
+
+class Time:
+    def __init__(self) -> None:
+        self.now = 1_800_000_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def time() -> Time:
+    return Time()
+
+
+@pytest.fixture
+def market(time: Time) -> Market:
+    return Market(Paper(), boot_s=100, clock=time)
+
+
+def rent(market: Market, **body: Any) -> Contract:
+    (ask, *_) = market.search({"order": [["dph_total", "asc"]]})
+    return market.create(ask["id"], {"image": "x", "disk": 73, "cancel_unavail": True, **body})
+
+
+def test_the_disk_bills_from_creation_and_the_gpu_while_running(market: Market, time: Time) -> None:
+    contract = rent(market)
+    host = contract.host
+    time.now += 100
+    market.tick()
+    assert contract.actual == "running"
+    assert contract.charges["gpu"] == 0
+    assert contract.charges["bwd"] == pytest.approx(IMAGE_GB * host.inet_down_cost)
+    time.now += 3600
+    market.tick()
+    market.stop(contract.id)
+    market.tick()
+    time.now += 3600
+    market.tick()
+    assert contract.charges["gpu"] == pytest.approx(host.dph_base)
+    assert contract.charges["disk"] == pytest.approx(host.storage_cost * 73 / 730 * (7300 / 3600))
+    market.destroy(contract.id)
+    market.settle()
+    time.now += 3600
+    market.tick()
+    (result,) = market.bill()["results"]
+    assert result["amount"] == pytest.approx(contract.cost)
+    assert market.credit == pytest.approx(100 - contract.cost)
+
+
+def test_a_boot_passes_every_state_in_order(market: Market, time: Time) -> None:
+    contract = rent(market)
+    seen: list[Any] = [contract.actual]
+    while contract.actual != "running":
+        time.now += 5
+        market.tick()
+        if seen[-1] != contract.actual:
+            seen.append(contract.actual)
+    assert seen == [None, "created", "loading", "running"]
+
+
+def test_market_time_runs_as_fast_as_it_is_told(time: Time) -> None:
+    market = Market(Paper(), boot_s=100, time_scale=50, clock=time)
+    contract = rent(market)
+    time.now += 2
+    market.tick()
+    assert contract.actual == "running"
+
+
+def test_without_credit_everything_stops_and_nothing_starts(market: Market, time: Time) -> None:
+    contracts = [rent(market), rent(market)]
+    time.now += 200
+    market.tick()
+    market.credit = 0.0
+    market.tick()
+    market.tick()
+    assert {contract.intended for contract in contracts} == {"stopped"}
+    assert {contract.actual for contract in contracts} == {"exited"}
+    with pytest.raises(MarketError) as refusal:
+        rent(market)
+    assert refusal.value.body["error"] == "insufficient_credit"
+
+
+def test_an_off_line_host_is_not_billed(market: Market, time: Time) -> None:
+    contract = rent(market)
+    time.now += 100
+    market.tick()
+    market.lose(contract.id)
+    before = contract.cost
+    time.now += 3600
+    market.tick()
+    assert contract.cost == before
+
+
+def test_one_ask_is_one_contract(market: Market) -> None:
+    contract = rent(market)
+    assert contract.host.machine_id not in {row["machine_id"] for row in market.search({})}
+    market.destroy(contract.id)
+    market.settle()
+    offers = {row["machine_id"]: row["id"] for row in market.search({})}
+    assert offers[contract.host.machine_id] > contract.id
+    assert str(contract.id) in market.machines.destroyed  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("polite", "status"), [(True, 410), (False, 404)])
+def test_a_taken_ask_is_refused_as_vast_does(market: Market, polite: bool, status: int) -> None:
+    with pytest.raises(MarketError, match="no_such_ask") as refusal:
+        market.create(5, {"image": "x", "cancel_unavail": polite})
+    assert refusal.value.status == status
+
+
+@pytest.mark.parametrize(
+    ("filters", "matches"),
+    [
+        ({"gpu_name": {"eq": "RTX 4090"}}, lambda row: row["gpu_name"] == "RTX 4090"),
+        ({"num_gpus": {"eq": "1"}}, lambda row: True),
+        ({"reliability": {"gt": "0.99"}}, lambda row: row["reliability"] > 0.99),
+        ({"gpu_ram": {"gte": 40000.0, "lt": 50000}}, lambda row: 40000 <= row["gpu_ram"] < 50000),
+        ({"verified": {"eq": True}}, lambda row: row["verification"] == "verified"),
+        ({"verified": {"neq": True}}, lambda row: row["verification"] != "verified"),
+        ({"geolocation": {"in": ["US", "SE"]}}, lambda row: row["geolocation"][-2:] in "US SE"),
+        ({"geolocation": {"notin": ["US"]}}, lambda row: row["geolocation"][-2:] != "US"),
+        ({"external": {"eq": False}}, lambda row: True),
+        ({"rented": {"eq": True}}, lambda row: False),
+        ({"id": {"eq": 5}}, lambda row: False),
+        ({"no_such_field": {"gte": 1}}, lambda row: False),
+        ({"gpu_name": {"odd": 1}}, lambda row: False),
+    ],
+    ids=str,
+)
+def test_offers_are_filtered_as_vast_does(market: Market, filters: Any, matches: Any) -> None:
+    wanted = [row["id"] for row in market.search({}) if matches(row)]
+    assert [row["id"] for row in market.search(filters)] == wanted
+
+
+def test_an_offer_is_read_again_by_its_ask(market: Market) -> None:
+    (first, *_) = market.search({})
+    assert market.search({"ask_contract_id": {"eq": first["id"]}}) == [first]
+
+
+def test_the_market_is_the_same_for_the_same_seed() -> None:
+    assert seeded(4) == seeded(4) != seeded(5)
+    assert len({host.machine_id for host in seeded(4)}) == len(MARKET) >= 12
