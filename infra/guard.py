@@ -119,7 +119,7 @@ def guarded_request(
     except (OSError, http.client.HTTPException) as exc:
         raise GuardError(f"{host} gave no usable answer: {_words(exc)}") from None
     finally:
-        line.close()
+        line.end()
 
 
 def _parse(url: str, *, allow_private: bool, allow_http: bool) -> tuple[SplitResult, int]:
@@ -208,6 +208,9 @@ class _Line:
         return io.BufferedReader(_Reader(self))
 
     def close(self) -> None:
+        """http.client's, which lets go of the socket before it has read the body."""
+
+    def end(self) -> None:
         self._sock.close()
 
 
@@ -266,10 +269,11 @@ def _exchange(
         raise GuardRefused(f"the request cannot be written: {exc}") from None
     connection.endheaders(body or None)
     with connection.getresponse() as answer:
+        kept = answer.read(limit)
+        if answer.length and len(kept) < limit:
+            raise http.client.IncompleteRead(kept, answer.length)
         return Response(
-            status=answer.status,
-            headers=CaseInsensitiveDict(answer.getheaders()),
-            body=answer.read(limit),
+            status=answer.status, headers=CaseInsensitiveDict(answer.getheaders()), body=kept
         )
 
 

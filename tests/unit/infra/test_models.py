@@ -1,0 +1,336 @@
+"""Base models' addresses become downloads, against a real HTTP server that behaves badly."""
+
+from __future__ import annotations
+
+import json
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from infra.models import BaseError, BaseResolver
+from infra.settings import Settings
+from state.events import Secret
+
+SHA256 = "AB" * 32
+MODEL = struct.pack("<Q", 60) + b"{" + b" " * 59 + b"0" * 100
+#: status, headers, body
+Answer = tuple[int, dict[str, str], bytes]
+
+
+class Place:
+    """A server whose answers are set by path; keeps the requests."""
+
+    def __init__(self) -> None:
+        self.answers: dict[str, Answer | Callable[[dict[str, str]], Answer]] = {}
+        self.asked: list[tuple[str, dict[str, str]]] = []
+        place = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                headers = {name.lower(): value for name, value in self.headers.items()}
+                place.asked.append((self.path, headers))
+                found = place.answers.get(self.path, (404, {}, b"{}"))
+                status, sent, body = found(headers) if callable(found) else found
+                self.send_response(status)
+                for name, value in {"Content-Length": str(len(body)), **sent}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_: Any) -> None: ...
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
+        )
+        self._thread.start()
+
+    def json(self, path: str, value: Any) -> None:
+        self.answers[path] = (200, {"Content-Type": "application/json"}, json.dumps(value).encode())
+
+    def redirect(self, path: str, target: str, status: int = 307) -> None:
+        self.answers[path] = (status, {"Location": target}, b"")
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join(5)
+
+
+@pytest.fixture
+def place() -> Iterator[Place]:
+    made = Place()
+    yield made
+    made.close()
+
+
+def resolver(place: Place, **changes: Any) -> BaseResolver:
+    given = {
+        "civitai_url": place.url,
+        "huggingface_url": place.url,
+        "civitai_key": Secret("civitai-canary"),
+        "huggingface_token": Secret("hub-canary"),
+        "private": True,
+    }
+    return BaseResolver(None, **{**given, **changes})
+
+
+def civitai_file(**changes: Any) -> dict[str, Any]:
+    return {
+        "name": "dreamy v1.safetensors",
+        "type": "Model",
+        "primary": True,
+        "sizeKB": 2.5,
+        "hashes": {"SHA256": SHA256},
+        "downloadUrl": "https://civitai.example/api/download/models/7?type=Model",
+        **changes,
+    }
+
+
+SIGNED = "https://cdn.example/dreamy.safetensors?X-Amz-Signature=abc"
+
+
+def civitai(place: Place, *files: dict[str, Any], to: str = SIGNED) -> None:
+    place.json("/api/v1/model-versions/7", {"files": list(files)})
+    place.redirect("/api/download/models/7?type=Model", to)
+    place.redirect("/api/download/models/7", to)
+
+
+def test_civitai_version_becomes_a_signed_url_without_our_key(place: Place) -> None:
+    civitai(place, civitai_file())
+    found = resolver(place).resolve("civitai:7", "sd1")
+    assert found.url == SIGNED
+    assert (found.name, found.bytes, found.sha256) == ("dreamy_v1.safetensors", 2560, "ab" * 32)
+    assert [path for path, _ in place.asked] == [
+        "/api/v1/model-versions/7",
+        "/api/download/models/7?type=Model",
+    ]
+    assert all(headers["authorization"] == "Bearer civitai-canary" for _, headers in place.asked)
+    assert "canary" not in repr(found) + found.url
+
+
+def test_civitai_prefers_a_safetensors_file_to_a_primary_pickle(place: Place) -> None:
+    pickle = civitai_file(name="dreamy.ckpt")
+    civitai(place, pickle, civitai_file(primary=False, name="b.safetensors"))
+    assert resolver(place).resolve("civitai:7").name == "b.safetensors"
+    civitai(place, pickle)
+    with pytest.raises(BaseError) as caught:
+        resolver(place).resolve("civitai:7")
+    assert (caught.value.code, caught.value.retryable) == ("model.pickle", False)
+    assert resolver(place).resolve("civitai:7", allow_pickle=True).name == "dreamy.ckpt"
+
+
+def test_key_goes_to_no_other_host_than_civitais(place: Place) -> None:
+    other = Place()
+    try:
+        civitai(place, civitai_file(), to=other.url + "/file.safetensors")
+        assert resolver(place).resolve("civitai:7").url == other.url + "/file.safetensors"
+        civitai(place, civitai_file(downloadUrl=other.url + "/api/download/models/9"))
+        with pytest.raises(BaseError):
+            resolver(place).resolve("civitai:7")
+        assert other.asked == []
+    finally:
+        other.close()
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "retryable"),
+    [
+        (401, "model.unauthorized", False),
+        (403, "model.unauthorized", False),
+        (404, "model.not_found", False),
+        (410, "model.not_found", False),
+        (429, "model.throttled", True),
+        (500, "model.unreachable", True),
+        (503, "model.unreachable", True),
+        (400, "model.unreachable", False),
+    ],
+)
+def test_refusals_say_whether_to_ask_again(
+    place: Place, status: int, code: str, retryable: bool
+) -> None:
+    civitai(place, civitai_file())
+    for path in ("/api/v1/model-versions/7", "/api/download/models/7?type=Model"):
+        before = place.answers[path]
+        place.answers[path] = (status, {}, b"no")
+        with pytest.raises(BaseError) as caught:
+            resolver(place).resolve("civitai:7")
+        assert (caught.value.code, caught.value.retryable) == (code, retryable)
+        assert "canary" not in str(caught.value)
+        place.answers[path] = before
+
+
+def test_missing_key_is_named(place: Place) -> None:
+    civitai(place, civitai_file())
+    place.answers["/api/download/models/7?type=Model"] = (401, {}, b"")
+    with pytest.raises(BaseError, match=r"needs a key \(CIVITAI_API_KEY\)"):
+        resolver(place, civitai_key=Secret("")).resolve("civitai:7")
+    civitai(place, civitai_file(), to="/login?returnUrl=x")
+    with pytest.raises(BaseError, match="CIVITAI_API_KEY"):
+        resolver(place).resolve("civitai:7")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"<html>",
+        b"[]",
+        b"null",
+        b'{"files": ',
+        b"[" * 100_000,
+        b"\xff\xfe",
+        b'{"files": null}',
+        b'{"files": [1, null, {}]}',
+        b'{"files": [{"name": "a.safetensors", "sizeKB": "big"}]}',
+        b'{"files": [{"name": "a.safetensors", "sizeKB": -1}]}',
+        b'{"files": [{"name": "a.safetensors", "sizeKB": NaN}]}',
+        b'{"files": [{"name": "a.safetensors", "sizeKB": 1, "hashes": {"SHA256": "../.."}}]}',
+    ],
+)
+def test_garbage_record_is_a_clear_error(place: Place, body: bytes) -> None:
+    civitai(place)
+    place.answers["/api/v1/model-versions/7"] = (200, {}, body)
+    place.answers["/api/models/a/b/revision/main?blobs=true"] = (200, {}, body)
+    for base in ("civitai:7", "hf:a/b"):
+        with pytest.raises(BaseError):
+            resolver(place).resolve(base)
+
+
+def test_truncated_answer_is_retryable(place: Place) -> None:
+    place.answers["/api/v1/model-versions/7"] = (200, {"Content-Length": "999"}, b'{"files"')
+    with pytest.raises(BaseError) as caught:
+        resolver(place).resolve("civitai:7")
+    assert (caught.value.code, caught.value.retryable) == ("model.unreachable", True)
+
+
+def test_silent_place_is_retryable() -> None:
+    silent = BaseResolver(
+        None, civitai_url="http://127.0.0.1:9", huggingface_url="http://127.0.0.1:9"
+    )
+    for base in ("civitai:7", "hf:a/b"):
+        with pytest.raises(BaseError) as caught:
+            silent.resolve(base)
+        assert (caught.value.code, caught.value.retryable) == ("model.unreachable", True)
+
+
+def hub(place: Place, *names: str, **file: Any) -> None:
+    rows = [
+        {"rfilename": name, "size": 500, "lfs": {"sha256": "cd" * 32, "size": 500}, **file}
+        for name in names
+    ]
+    place.json("/api/models/a/b/revision/main?blobs=true", {"sha": "c0ffee", "siblings": rows})
+    for name in names:
+        place.redirect(f"/a/b/resolve/c0ffee/{name}", SIGNED, 302)
+
+
+def test_hub_repository_with_one_model_needs_no_file_name(place: Place) -> None:
+    hub(place, "README.md", "unet/model.safetensors", "sd15.safetensors")
+    found = resolver(place).resolve("hf:a/b")
+    assert (found.url, found.name, found.bytes) == (SIGNED, "sd15.safetensors", 500)
+    assert found.sha256 == "cd" * 32
+    assert place.asked[-1][1]["authorization"] == "Bearer hub-canary"
+
+
+def test_hub_file_and_revision_can_be_named(place: Place) -> None:
+    hub(place, "unet/model.safetensors", "sd15.safetensors")
+    assert resolver(place).resolve("hf:a/b/unet/model.safetensors").name == "model.safetensors"
+    place.answers["/api/models/a/b/revision/v2?blobs=true"] = place.answers[
+        "/api/models/a/b/revision/main?blobs=true"
+    ]
+    assert resolver(place).resolve("hf:a/b@v2/sd15.safetensors").name == "sd15.safetensors"
+
+
+def test_hub_repository_without_one_clear_model_says_what_there_is(place: Place) -> None:
+    hub(place, "one.safetensors", "two.safetensors", "old.ckpt")
+    with pytest.raises(BaseError, match=r"say which file: one\.safetensors, two\.safetensors"):
+        resolver(place).resolve("hf:a/b")
+    with pytest.raises(BaseError, match="no such file"):
+        resolver(place).resolve("hf:a/b/three.safetensors")
+    with pytest.raises(BaseError, match="pickle"):
+        resolver(place).resolve("hf:a/b/old.ckpt")
+
+
+def test_hub_repository_that_was_renamed_is_followed(place: Place) -> None:
+    hub(place, "x.safetensors")
+    place.redirect("/a/b/resolve/c0ffee/x.safetensors", "/new/b/resolve/c0ffee/x.safetensors")
+    place.redirect("/new/b/resolve/c0ffee/x.safetensors", SIGNED)
+    assert resolver(place).resolve("hf:a/b").url == SIGNED
+    place.redirect("/new/b/resolve/c0ffee/x.safetensors", "/a/b/resolve/c0ffee/x.safetensors")
+    with pytest.raises(BaseError, match="address to address"):
+        resolver(place).resolve("hf:a/b")
+
+
+def ranged(headers: dict[str, str]) -> Answer:
+    first, last = headers["range"].removeprefix("bytes=").split("-")
+    part = MODEL[int(first) : int(last) + 1]
+    return 206, {"Content-Range": f"bytes {first}-{last}/{len(MODEL)}"}, part
+
+
+def test_any_address_is_looked_at_before_it_is_handed_on(place: Place) -> None:
+    place.answers["/m/my%20model.safetensors?sig=1"] = ranged
+    address = place.url + "/m/my%20model.safetensors?sig=1"
+    found = resolver(place).resolve(address)
+    assert (found.url, found.name) == (address, "my_model.safetensors")
+    assert (found.bytes, found.sha256) == (len(MODEL), "")
+    place.answers["/whole"] = (200, {}, MODEL)
+    found = resolver(place).resolve(f"{place.url}/whole#sha256={SHA256}")
+    assert (found.url, found.bytes, found.sha256) == (
+        place.url + "/whole",
+        len(MODEL),
+        SHA256.lower(),
+    )
+    assert all("authorization" not in headers for _, headers in place.asked)
+
+
+def test_redirects_of_an_address_are_each_checked(place: Place) -> None:
+    place.redirect("/a", "/b", 302)
+    place.answers["/b"] = ranged
+    assert resolver(place).resolve(place.url + "/a").url == place.url + "/b"
+    place.redirect("/b", "http://169.254.169.254/latest", 302)
+    with pytest.raises(BaseError) as caught:
+        resolver(place).resolve(place.url + "/a")
+    assert caught.value.code == "model.bad_address"
+    place.redirect("/b", "file:///etc/passwd")
+    with pytest.raises(BaseError, match="nowhere"):
+        resolver(place).resolve(place.url + "/a")
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{}", b"PK\x03\x04" + b"x" * 100, b"\x80\x02}q\x00" + b"x" * 100, b"<html>" * 9]
+)
+def test_address_of_something_else_is_refused(place: Place, body: bytes) -> None:
+    place.answers["/x"] = (200, {}, body)
+    with pytest.raises(BaseError) as caught:
+        resolver(place).resolve(place.url + "/x")
+    assert (caught.value.code, caught.value.retryable) == ("model.not_safetensors", False)
+
+
+def test_private_address_is_refused_unless_the_operator_allows_it(place: Place) -> None:
+    place.answers["/x"] = ranged
+    with pytest.raises(BaseError) as caught:
+        resolver(place, private=False).resolve(place.url + "/x?signature=canary")
+    assert caught.value.code == "model.bad_address"
+    assert "canary" not in str(caught.value)
+    assert place.asked == []
+
+
+@pytest.mark.parametrize(
+    "base",
+    ["", "civitai:", "civitai:x", "civitai:../1", "hf:", "hf:a", "hf:a/b/", "ftp://x", "s3:"],
+)
+def test_address_of_no_known_form_is_refused(place: Place, base: str) -> None:
+    with pytest.raises(BaseError) as caught:
+        resolver(place).resolve(base)
+    assert caught.value.code == "model.bad_address"
+    assert place.asked == []
+
+
+def test_settings_hold_all_that_a_resolver_needs() -> None:
+    made = BaseResolver.from_settings(Settings(civitai_api_key=Secret("canary")), None)
+    assert "canary" not in repr(made)
