@@ -69,7 +69,9 @@ def prove(
 
 def _pipeline(base: Path, scratch: Path) -> Any:
     from diffusers import StableDiffusionPipeline
+    from diffusers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     if base.is_dir():
         pipeline = StableDiffusionPipeline.from_pretrained(
             base, local_files_only=True, safety_checker=None

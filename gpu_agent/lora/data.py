@@ -129,18 +129,20 @@ def distinct(parts: Split) -> list[Picture]:
 
 
 def buckets(resolution: int) -> list[Bucket]:
-    """Every shape whose area is at most that of the square, and whose sides fit the network.
+    """Every shape of about the square's area (never more), whose sides fit the network.
 
     Sides are multiples of 64 (8 pixels per latent, 3 halvings in the denoiser), or of a quarter
     of a small resolution, where steps of 64 would leave nothing but the square.
     """
     step = min(64, max(16, resolution // 4))
     sides = range(step, int(resolution * math.sqrt(_LONGEST)) + 1, step)
-    widest = {width: resolution * resolution // width // step * step for width in sides}
-    shapes = {
-        shape for width, height in widest.items() for shape in ((width, height), (height, width))
-    }
-    return sorted(shape for shape in shapes if max(shape) <= _LONGEST * min(shape))
+    shapes: set[Bucket] = set()
+    for width in sides:
+        most = min(resolution * resolution // width, int(_LONGEST * width))
+        height = most // step * step
+        if 2 * width * height >= resolution * resolution and width <= _LONGEST * height:
+            shapes |= {(width, height), (height, width)}
+    return sorted(shapes)
 
 
 def nearest(shapes: Iterable[Bucket], width: int, height: int) -> Bucket:

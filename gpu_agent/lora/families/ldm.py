@@ -96,6 +96,8 @@ def configs(header: Header) -> dict[str, dict[str, Any]]:
         raise ModelError(
             "model.family", f"this is not a complete SD 1.x model: tensor {missing} is missing"
         ) from None
+    except (ValueError, IndexError):
+        raise ModelError("model.family", "a tensor has a shape that no SD 1.x model has") from None
     if found["unet"]["cross_attention_dim"] != found["text_encoder"]["hidden_size"]:
         raise ModelError(
             "model.family", "denoiser and text encoder do not fit each other (SD 2.x?)"
