@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import logging
+import lzma
 import math
 import shutil
 import stat
@@ -31,6 +32,8 @@ from gpu_agent.wire import Download
 log = logging.getLogger(__name__)
 
 CHUNK = 1 << 20
+#: Read from the line at once; when it is cut, less than this is lost (bytes).
+SIP = 1 << 16
 #: Connecting, and waiting for each part of an answer (seconds).
 TIMEOUT = (10.0, 30.0)
 #: Waits between tries that brought no byte (seconds); after the last one it is a fault.
@@ -233,7 +236,7 @@ class _Fetch:
             self._hash, self._size = hashlib.sha256(), 0
 
     def _copy(self, answer: requests.Response, part: BinaryIO) -> None:
-        for chunk in answer.iter_content(CHUNK):
+        for chunk in answer.iter_content(SIP):
             self._halt.check()
             part.write(chunk)
             self._grow(chunk)
@@ -289,6 +292,20 @@ def _corrupt(message: str) -> Fault:
     return Fault("dataset.corrupt", message, retryable=False)
 
 
+#: What `zipfile` raises for a file that is damaged or uses what it does not know.
+_UNREADABLE = (
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    EOFError,
+    NotImplementedError,
+    RuntimeError,
+    ValueError,
+    OverflowError,
+    struct.error,
+)
+
+
 def unpack(
     path: Path, target: Path, *, halt: Halt, progress: Progress, max_total: int = MAX_TOTAL
 ) -> int:
@@ -309,8 +326,12 @@ def unpack(
         with disk_faults(), zipfile.ZipFile(path) as archive:
             entries = _checked(archive.infolist(), max_total)
             _extract(archive, entries, growing, halt, progress, max_total)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, struct.error) as error:
+    except _UNREADABLE as error:
         raise _corrupt(f"the dataset's zip cannot be read: {error}") from None
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a seek to before the file's start, by its directory
+            raise
+        raise _corrupt("the directory of the dataset's zip leads nowhere") from None
     growing.replace(target)
     return sum(name.suffix.lower() in IMAGE_SUFFIXES for name in entries)
 

@@ -168,20 +168,27 @@ class Spool:
             )
 
     def _first(self, is_due: Callable[[Fact], bool]) -> tuple[int, Fact, float, dict[str, Any]]:
-        rows = self._db.execute("SELECT id, seq, type, at, data FROM outbox ORDER BY id").fetchall()
+        rows = self._db.execute("SELECT id, seq, type FROM outbox ORDER BY id").fetchall()
         numbered = [row for row in rows if row[1] is not None]
-        urgent = [row for row in rows if Fact(row[2]) not in MERGED]
-        due = numbered or (rows if urgent else [row for row in rows if is_due(Fact(row[2]))])
+        urgent = any(Fact(row[2]) not in MERGED for row in rows)
+        due = numbered or [row for row in rows if urgent or is_due(Fact(row[2]))]
         if not due:
             raise LookupError("nothing is to be sent now")
-        number, seq, kind, at, data = due[0]
+        number, seq, kind = due[0]
         if seq is None:
-            with self._db:
-                (last,) = self._db.execute("SELECT last FROM counter").fetchone()
-                seq = last + 1
-                self._db.execute("UPDATE counter SET last = ?", (seq,))
-                self._db.execute("UPDATE outbox SET seq = ? WHERE id = ?", (seq, number))
+            seq = self._number(number)
+        at, data = self._db.execute(
+            "SELECT at, data FROM outbox WHERE id = ?", (number,)
+        ).fetchone()
         return seq, Fact(kind), at, json.loads(data)
+
+    def _number(self, row: int) -> int:
+        """Give a report its number, for good."""
+        with self._db:
+            (last,) = self._db.execute("SELECT last FROM counter").fetchone()
+            self._db.execute("UPDATE counter SET last = ?", (last + 1,))
+            self._db.execute("UPDATE outbox SET seq = ? WHERE id = ?", (last + 1, row))
+        return int(last) + 1
 
     def _drop(self, seq: int) -> None:
         with self._db:

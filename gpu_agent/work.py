@@ -105,21 +105,27 @@ class Work:
             Fault: it cannot go on.
             Halted: it was told to end.
         """
-        self._report(Fact.GPU_READY, probe())
+        about = probe()
+        log.info("this machine: %s", about)
+        self._report(Fact.GPU_READY, about)
         paths = self._prepare()
         self._result = self._kept_result()
         if self._result is None:
-            self.phase = "training"
+            self._enter("training")
             self._train(paths)
-        self.phase = "uploading"
+        self._enter("uploading")
         self._report(Fact.WEIGHTS_UPLOADED, self._beside([("upload", self._upload)])[0])
-        self.phase = "done"
+        self._enter("done")
+
+    def _enter(self, phase: str) -> None:
+        log.info("%s", phase)
+        self.phase = phase
 
     # --- files ---------------------------------------------------------------------------------
 
     def _prepare(self) -> Paths:
         """Everything that the trainer needs, all of it at the same time."""
-        self.phase = "preparing"
+        self._enter("preparing")
         spec, home = self._spec, self._home
         work, output = home / "work", home / "output"
         for folder in (work, output):

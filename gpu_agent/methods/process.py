@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 LONGEST_LINE = 1 << 20
 #: Lines that may wait to be read; a trainer that babbles is held up, not the agent's memory.
 BACKLOG = 256
+#: What is kept of a line for the log (characters).
+LOGGED = 2_000
 
 # Asks Linux to kill this process when the agent's thread that started it dies, however it dies,
 # then becomes the trainer. Not a preexec_fn: between fork and exec of a process with threads
@@ -114,13 +116,13 @@ class Trainer:
         for line in _lines(stream):
             event = self._method.read(line)
             if event is None:
-                self._on_text(line)
+                self._on_text(line[:LOGGED])
             else:
                 self._events.put(event)
 
     def _read_stderr(self, stream: IO[bytes]) -> None:
         for line in _lines(stream):
-            self._on_text(line)
+            self._on_text(line[:LOGGED])
 
 
 def _leash(argv: Any) -> list[str]:

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
+from typing import IO
 
 from gpu_agent.halt import Fault, Halt
 
@@ -119,14 +120,15 @@ def _run(argv: Sequence[str], halt: Halt, on_text: Callable[[str], None]) -> tup
     )
     last = ""
 
-    def read() -> None:
+    def read(stream: IO[str]) -> None:
         nonlocal last
-        for line in process.stdout or ():
-            if line.strip():
-                last = line.strip()[:500]
-                on_text(f"pip: {last}")
+        with stream:
+            for line in stream:
+                if line.strip():
+                    last = line.strip()[:500]
+                    on_text(f"pip: {last}")
 
-    reader = threading.Thread(target=read, daemon=True)
+    reader = threading.Thread(target=read, args=(process.stdout,), daemon=True)
     reader.start()
     while process.poll() is None:
         if halt.wait(0.1):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
 import re
 import struct
 import textwrap
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -35,7 +37,7 @@ KEY = "instance-key-canary"
 CONTAINER = "77"
 
 
-def until(holds: Callable[[], Any], seconds: float = 20.0) -> Any:
+def _until(holds: Callable[[], Any], seconds: float = 20.0) -> Any:
     """Wait for something that a process or thread does; its value. Fails when it never comes."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -79,7 +81,8 @@ class Stoker:
 
     A fault is a status to answer with, `cut` (hang up before anything happened), `lost` (do it,
     then hang up instead of answering) or a function of the handler.
-    Routes are hello, report, files, get, put, destroy and stop.
+    Routes are hello, report, files, get, put, document, destroy and stop. For a document,
+    ("part", n) serves the first n bytes as if they were all.
     """
 
     def __init__(self, address: str) -> None:
@@ -96,6 +99,12 @@ class Stoker:
         self.over = False
         self.requests: list[Request] = []
         self.hellos: list[dict[str, Any]] = []
+        self.documents: dict[str, bytes] = {}
+        self.container = {
+            "STOKER_TOKEN": TOKEN,
+            "CONTAINER_ID": CONTAINER,
+            "CONTAINER_API_KEY": KEY,
+        }
         self.destroyed = threading.Event()
         self.stopped = threading.Event()
         self.generation = 0
@@ -106,21 +115,21 @@ class Stoker:
     def offer(self, **objects: bytes) -> None:
         self.objects |= objects
 
-    def job_spec(self) -> wire.JobSpec:
-        def download(what: str) -> wire.Download:
-            body = self.objects[what]
-            return wire.Download(
-                url=self.address_of(what),
-                name={"dataset": "dataset.zip", "base": "tiny.safetensors"}.get(what, what),
-                bytes=len(body),
-                sha256=hashlib.sha256(body).hexdigest(),
-            )
+    def download(self, what: str, name: str, sha256: str = "") -> wire.Download:
+        body = self.objects[what]
+        return wire.Download(
+            url=self.address_of(what),
+            name=name,
+            bytes=len(body),
+            sha256=sha256 or hashlib.sha256(body).hexdigest(),
+        )
 
+    def job_spec(self) -> wire.JobSpec:
         given = {
             "job": "job_1",
             "attempt": 1,
-            "dataset": download("dataset"),
-            "base": download("base"),
+            "dataset": self.download("dataset", "dataset.zip"),
+            "base": self.download("base", "tiny.safetensors"),
             "base_family": "sd1",
             "method": "fake",
             "recipe": {"steps": 3},
@@ -163,7 +172,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._serve({"hello": "hello", "report": "report", "file": "files"}[kind])
 
     def do_GET(self) -> None:
-        self._serve("get")
+        self._serve("get" if self.path.startswith("/s3/") else "document")
 
     def do_DELETE(self) -> None:
         self._serve("destroy")
@@ -179,6 +188,9 @@ class _Handler(BaseHTTPRequestHandler):
         fault = faults.popleft() if faults else self.stoker.always.get(route)
         if callable(fault):
             fault = fault(self)
+        if isinstance(fault, tuple):
+            self.answer(200, self.stoker.documents[self.path][: fault[1]])
+            return
         if fault == "cut":
             self._hang_up()
             return
@@ -195,10 +207,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.answer(status, answer)
 
     def answer(self, status: int, body: bytes, **headers: str) -> None:
-        self.send_response(status)
-        self.send_header("content-length", str(len(body)))
+        self.send_response_only(status)
         for name, value in headers.items():
             self.send_header(name.replace("_", "-"), value)
+        self.send_header("content-length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
 
@@ -209,7 +221,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _hello(self, body: bytes) -> tuple[int, bytes]:
         said = json.loads(body)
         known = self.stoker.hellos
-        if said["token"] != TOKEN or any(item["nonce"] != said["nonce"] for item in known):
+        if said["token"] != TOKEN or any(item != said for item in known):
             return 401, b"{}"
         known.append(said)
         return 200, self.stoker.job_spec().to_bytes()
@@ -274,6 +286,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.answer(206, content[start:], content_range=f"bytes {end}")
             return 206, None
         return 200, content
+
+    def _document(self, body: bytes) -> tuple[int, bytes]:
+        content = self.stoker.documents.get(self.path)
+        return (404, b"") if content is None else (200, content)
 
     def _put(self, body: bytes) -> tuple[int, bytes]:
         name = self.path.split("?")[0].removeprefix("/s3/put/")
@@ -340,6 +356,29 @@ def hang(released: threading.Event) -> Callable[[Any], str]:
         return "cut"
 
     return do
+
+
+@pytest.fixture
+def until() -> Callable[..., Any]:
+    return _until
+
+
+@pytest.fixture
+def faults(released: threading.Event) -> SimpleNamespace:
+    """What a request can meet; see `Stoker.faults`."""
+    return SimpleNamespace(cut_after=cut_after, send=send, hang=hang(released))
+
+
+@pytest.fixture
+def trainer_head() -> str:
+    """What every fake trainer begins with."""
+    return HEAD
+
+
+@pytest.fixture
+def files() -> SimpleNamespace:
+    """Makes small files of the right kind."""
+    return SimpleNamespace(safetensors=safetensors, zipped=zipped)
 
 
 @pytest.fixture
@@ -436,19 +475,18 @@ class Running:
 @pytest.fixture
 def start(stoker: Stoker, tmp_path: Path) -> Iterator[Callable[..., Running]]:
     """Starts an agent whose trainer runs the given code."""
-    import logging
-
     running: list[Running] = []
-    journals: list[Journal] = []
+    handlers: list[logging.Handler] = []
     logger = logging.getLogger("gpu_agent")
     logger.setLevel(logging.INFO)
 
     def begin(code: str = GOOD, *, requirements: tuple[str, ...] = ()) -> Running:
         journal, halt = Journal(), Halt()
-        logger.addHandler(journal)
-        journals.append(journal)
         home = tmp_path / "home"
         home.mkdir(exist_ok=True)
+        handlers.extend([journal, logging.FileHandler(home / "agent.log")])
+        for handler in handlers[-2:]:
+            logger.addHandler(handler)
         charge = Charge(
             url=stoker.url,
             token=TOKEN,
@@ -472,5 +510,6 @@ def start(stoker: Stoker, tmp_path: Path) -> Iterator[Callable[..., Running]]:
     for item in running:
         item.halt.call("the test is over")
         item.join()
-    for journal in journals:
-        logger.removeHandler(journal)
+    for handler in handlers:
+        logger.removeHandler(handler)
+        handler.close()
