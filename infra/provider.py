@@ -1,6 +1,6 @@
 """The door to GPU markets: a few verbs, the same for every market and for the in-memory one.
 
-What every implementation promises (held by `tests/integration/test_provider_contract.py`):
+What every implementation promises (held by `tests/integration/provider/test_provider_contract.py`):
 
 - `create` makes **one** request. An id in the answer is always handed over: as the result, or in
   `ProviderError.instance_id`. `Refused` means nothing was rented; `Unknown` means it may have been.

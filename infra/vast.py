@@ -100,10 +100,10 @@ class _Answer:
 
     @property
     def words(self) -> str:
-        """What it says of itself, short enough for a log line."""
+        """What it says of itself."""
         said = (self.fields.get(key) for key in ("msg", "message", "detail"))
         words = next((text for text in map(_text, said) if text), "") or self.code
-        return (words or self.content[:300].decode(errors="replace"))[:300].strip()
+        return words or self.content[:8192].decode(errors="replace")
 
     @property
     def ok(self) -> bool:
@@ -251,7 +251,7 @@ class VastProvider:
     """Vast.ai, or whatever speaks its REST at `server_url`.
 
     Args:
-        timeout: seconds, for each request as a whole.
+        timeout: seconds, for each request as a whole, and for the wait for its turn.
         spacing: factor on the seconds that Vast wants between calls; 0 for a sandbox.
         clock, sleep: monotonic seconds; a pause.
     """
@@ -283,7 +283,7 @@ class VastProvider:
         if not isinstance(rows, list):
             raise Unreadable(f"Vast's offers could not be read: {self._said(answer)}")
         read = [offer for row in rows if (offer := _offer(row, needs.disk_gb))]
-        if rows and not read:
+        if rows and not any(isinstance(row, dict) and "id" in row for row in rows):
             raise Unreadable(f"none of Vast's {len(rows)} offers could be read")
         unique = {offer.id: offer for offer in read if policy.unmet(offer, needs) is None}
         return list(unique.values())[:limit]
@@ -393,12 +393,10 @@ class VastProvider:
             yield from rows
             seen += len(rows)
             token = answer.fields.get("next_token")
-            if token is None and _ended(answer.fields, seen):
+            if token in (None, "") and _ended(answer.fields, seen):
                 return
-            if not isinstance(token, str) or token in tokens or not rows:
+            if not isinstance(token, str) or not token or token in tokens or not rows:
                 raise Unreadable("Vast's list of instances has no end that can be trusted")
-            if not token:
-                return
             tokens.add(token)
             query["after_token"] = token
         raise Unreadable(f"Vast's list of instances has more than {MAX_PAGES} pages")
@@ -448,11 +446,12 @@ class VastProvider:
         return Refused(said, code=code or str(answer.status))
 
     def _said(self, answer: _Answer, hidden: Sequence[str] = ()) -> str:
-        """What the answer says, without our key and without what the machine was given."""
+        """What the answer says, short enough for a log line, without our key and without what
+        the machine was given."""
         text = answer.words
         for value in (self._key, *hidden):
             text = text.replace(value, "***") if value else text
-        return f"{answer.status} {text}".strip()
+        return f"{answer.status} {text[:300]}".strip()
 
     def _instance(self, row: Mapping[str, Any]) -> Instance:
         """An instance as Vast lists it; whatever of it cannot be read is left at its default."""
@@ -461,7 +460,7 @@ class VastProvider:
             label=_text(row.get("label")),
             machine_id=_text(row.get("machine_id")),
             phase=phase(row),
-            message=_text(row.get("status_msg")).strip()[:500].replace(self._key, "***"),
+            message=_text(row.get("status_msg")).replace(self._key, "***").strip()[:500],
             started_at=_moment(row.get("start_date")),
             price=_micro(row, "dph_total") or 0,
             raw={key: value for key, value in row.items() if not SECRET_KEYS.search(str(key))},
@@ -589,8 +588,11 @@ def _is_gone(answer: _Answer) -> bool:
 
 
 def _ended(fields: Mapping[str, Any], seen: int) -> bool:
-    """Whether a page without a token is the last: it says so, or the count is reached."""
-    total = _number(fields, "total_instances")
+    """Whether a page without a token is the last: it says so, or the account's count is reached;
+    and no fewer rows came than it found."""
+    found, total = _number(fields, "instances_found"), _number(fields, "total_instances")
+    if found is not None and seen < found:
+        return False
     return "next_token" in fields or (total is not None and seen >= total)
 
 

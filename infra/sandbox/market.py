@@ -195,9 +195,9 @@ class Market:
             del self.contracts[number]
             contract.current = "unloaded"
             self.ended.append(contract)
-        killer = threading.Thread(target=self._tear_down, args=(contract,), daemon=True)
-        self._stopping.append(killer)
-        killer.start()
+            killer = threading.Thread(target=self._tear_down, args=(contract,), daemon=True)
+            killer.start()
+            self._stopping = [*filter(threading.Thread.is_alive, self._stopping), killer]
 
     def stop(self, number: int) -> None:
         with self.lock:
@@ -402,8 +402,7 @@ class Market:
         """Destroy everything and wait until it is gone."""
         for number in list(self.contracts):
             self.destroy(number)
-        for killer in self._stopping:
-            killer.join()
+        self.settle()
 
     def settle(self) -> None:
         """Wait until everything destroyed so far is gone."""

@@ -69,35 +69,28 @@ def signal_all(main: int, number: int) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(main, number)
     for pid in descendants():
-        with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(pid, number)
 
 
-def reap() -> dict[int, int]:
-    """Collect children that have ended: process id to exit code."""
-    ended = {}
-    with contextlib.suppress(ChildProcessError):
+def reap() -> tuple[dict[int, int], bool]:
+    """Collect children that have ended: process id to exit code; and whether none is left."""
+    ended: dict[int, int] = {}
+    try:
         while True:
             pid, status = os.waitpid(-1, os.WNOHANG)
             if not pid:
-                break
+                return ended, False
             ended[pid] = os.waitstatus_to_exitcode(status)
-    return ended
-
-
-def childless() -> bool:
-    try:
-        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     except ChildProcessError:
-        return True
-    return False
+        return ended, True
 
 
 def kill_all(main: int) -> None:
     """Kill until nothing is left below this process, however fast it forks."""
-    while not childless():
+    give_up_at = time.monotonic() + STOP_GRACE_S
+    while not reap()[1] and time.monotonic() < give_up_at:
         signal_all(main, signal.SIGKILL)
-        reap()
         time.sleep(0.005)
 
 
@@ -122,9 +115,9 @@ def run(stays: bool, directory: str, command: list[str]) -> int:
         if order == b"T" and kill_at is None:
             signal_all(main, signal.SIGTERM)
             kill_at = time.monotonic() + STOP_GRACE_S
-        ended = reap()
+        ended, childless = reap()
         code = ended.get(main, code)
-        stopping = kill_at is not None and (childless() or time.monotonic() >= kill_at)
+        stopping = kill_at is not None and (childless or time.monotonic() >= kill_at)
         if stopping or (main in ended and not stays):
             kill_all(main)
             return code if code >= 0 else 128 - code

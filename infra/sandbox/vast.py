@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 import json
 import secrets
@@ -15,6 +14,8 @@ from infra.sandbox.market import Contract, Market, MarketError
 
 #: How often a log's address answers 404 before the upload is there.
 LOG_MISSES = 2
+#: Older ones can no longer be fetched.
+MAX_UPLOADS = 100
 
 
 def vast_blueprint(market: Market, account_key: str) -> Blueprint:
@@ -143,7 +144,9 @@ def vast_blueprint(market: Market, account_key: str) -> Blueprint:
         contract = market.get(number)
         if contract is None:
             raise MarketError(404, "invalid_id", f"Instance {number} not found.")
-        name = hashlib.sha256(secrets.token_bytes(16)).hexdigest()
+        name = secrets.token_hex(32)
+        for old in list(uploads)[:-MAX_UPLOADS]:
+            del uploads[old]
         uploads[name] = ([LOG_MISSES], _log(market, contract, _body()))
         url = f"{request.host_url}instance_logs/{name}.log"
         return answer(result_url=url, msg="Requested logs")
