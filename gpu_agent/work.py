@@ -310,14 +310,17 @@ class Work:
         """What `weights.uploaded` says, once it is true."""
         result = self._result or {}
         files = self._files()
-        stored = [files.upload(item) for item in self._uploads(result)]
-        stored += self._courier.finish()
+        # samples went up while training; the trainer's list may name them again
+        stored = {item.name: item for item in self._courier.finish()}
+        for item in self._uploads(result):
+            if item.name not in stored:
+                stored[item.name] = files.upload(item)
         if log_file := self._log_copy():
             try:
-                stored.append(files.upload(log_file))
+                stored[log_file.name] = files.upload(log_file)
             except Fault as fault:
                 log.warning("the log is not uploaded: %s", fault.message)
-        return {"files": [item.to_dict() for item in stored], **_about(result)}
+        return {"files": [item.to_dict() for item in stored.values()], **_about(result)}
 
     def _uploads(self, result: Mapping[str, Any]) -> list[Upload]:
         """Raises: Fault, when the trainer's list is nonsense."""

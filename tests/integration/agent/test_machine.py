@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -66,10 +67,8 @@ def machine(stoker, tmp_path, trainer_head):
     boot.bundle = bundle
     yield boot
     for process in running:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         process.wait()
 
 
@@ -97,11 +96,11 @@ complete()
 """
 
 
-def test_a_machine_boots_trains_and_is_gone(stoker, machine, until):
+def test_a_machine_boots_trains_and_is_gone(stoker, machine, until, record_property):
     process = machine(WAIT)
     until(lambda: stoker.has("training.started"))
     memory = resident_mib(until(lambda: agent_of(process)))
-    print(f"agent: {memory['VmRSS']:.1f} MiB resident, {memory['VmHWM']:.1f} MiB at most")
+    record_property("agent_mib", memory)
     assert memory["VmHWM"] < 60
     stoker.orders = ["sample_now"]
     assert process.wait(30) == 0

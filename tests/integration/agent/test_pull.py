@@ -13,6 +13,8 @@ from gpu_agent.pull import check_space, disk_faults, pull
 from gpu_agent.wire import Download
 
 BODY = random.Random(7).randbytes(3_000_000)
+SHA256 = hashlib.sha256(BODY).hexdigest()
+SIZE = len(BODY)
 
 
 @pytest.fixture
@@ -22,7 +24,7 @@ def fetch(stoker, tmp_path):
     told: list[tuple[int, int]] = []
     halt = Halt()
 
-    def run(size=len(BODY), sha256=hashlib.sha256(BODY).hexdigest()):
+    def run(size=SIZE, sha256=SHA256):
         download = Download(url=stoker.address_of("thing"), name="thing", bytes=size, sha256=sha256)
 
         def fresh():

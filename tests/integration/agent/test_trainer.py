@@ -161,7 +161,21 @@ def test_checkpoints_and_samples_are_uploaded_while_training(stoker, start, unti
     stoker.orders = ["checkpoint_now"]
     assert agent.join() == 0
     files = [item["name"] for item in stoker.report("weights.uploaded").data["files"]]
-    assert files == ["lora.safetensors", "samples/sample-2.png", "training.log"]
+    assert sorted(files) == ["lora.safetensors", "samples/sample-2.png", "training.log"]
+
+
+def test_a_sample_that_the_result_names_again_is_stored_once(stoker, start):
+    code = """
+    weights, sample = keep("lora.safetensors"), keep("samples/step-1.png", b"pixels")
+    say("sample", step=1, path=sample, prompt="a dog")
+    say("completed", files=[{"name": "lora.safetensors", "path": weights},
+                            {"name": "samples/step-1.png", "path": sample}])
+    """
+    assert start(code).join() == 0
+    files = [item["name"] for item in stoker.report("weights.uploaded").data["files"]]
+    assert sorted(files) == ["lora.safetensors", "samples/step-1.png", "training.log"]
+    puts = [item for item in stoker.requests if item.path.startswith("/s3/put/samples")]
+    assert len(puts) == 1
 
 
 def test_orders_for_the_trainer_reach_it(stoker, start, until):

@@ -48,7 +48,8 @@ def test_what_the_safetensors_library_writes_is_accepted(tmp_path):
     import numpy as np
 
     path = tmp_path / "model.safetensors"
-    tensors = {f"t{n}": np.zeros((n, 3), dtype=d) for n, d in enumerate("f2 f4 i8 u1 ?".split())}
+    kinds = ["f2", "f4", "i8", "u1", "?"]
+    tensors = {f"t{n}": np.zeros((n, 3), dtype=d) for n, d in enumerate(kinds)}
     numpy.save_file(tensors, path, metadata={"format": "pt"})
     assert check_safetensors(path) == 5
 
