@@ -244,10 +244,15 @@ outgoing = Table(
     PrimaryKeyConstraint("id"),
     _one_of("status", OutgoingStatus),
 )
-_waiting = outgoing.c.status == OutgoingStatus.WAITING.value
 Index("outgoing_job", outgoing.c.job, outgoing.c.seq)
-Index("outgoing_waiting", outgoing.c.job, outgoing.c.seq, postgresql_where=_waiting)
-Index("outgoing_due", outgoing.c.due_at, postgresql_where=_waiting)
+# the first row of each job that waits, without a look at the others
+Index(
+    "outgoing_waiting",
+    outgoing.c.job,
+    outgoing.c.seq,
+    outgoing.c.id,
+    postgresql_where=outgoing.c.status == OutgoingStatus.WAITING.value,
+)
 Index("outgoing_created_at", outgoing.c.created_at, postgresql_using="brin")
 
 deliveries = Table(

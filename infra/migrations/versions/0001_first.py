@@ -280,18 +280,11 @@ def upgrade() -> None:
     op.create_index(
         "outgoing_created_at", "outgoing", ["created_at"], unique=False, postgresql_using="brin"
     )
-    op.create_index(
-        "outgoing_due",
-        "outgoing",
-        ["due_at"],
-        unique=False,
-        postgresql_where=sa.text("status = 'waiting'"),
-    )
     op.create_index("outgoing_job", "outgoing", ["job", "seq"], unique=False)
     op.create_index(
         "outgoing_waiting",
         "outgoing",
-        ["job", "seq"],
+        ["job", "seq", "id"],
         unique=False,
         postgresql_where=sa.text("status = 'waiting'"),
     )
