@@ -439,7 +439,9 @@ class JobSpec:
         for key in ("job", "base_family", "method", "secret", "report_url", "files_url"):
             _text(value, key)
         _whole(value, "attempt", least=1)
-        _number(value, "lease_ends_at")
+        for key in ("lease_ends_at", "silence_limit_s", "heartbeat_s", "progress_s"):
+            if key in value or key == "lease_ends_at":
+                _number(value, key)
         if not isinstance(value.get("recipe"), dict):
             raise WireError("'recipe' must be an object")
         resume = value.get("resume", [])
