@@ -7,10 +7,11 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from datetime import datetime
+from functools import cache, cached_property
 from typing import Any, Generic, TypeVar
 
-from psycopg.types.json import Jsonb
+from psycopg.types.json import Json, Jsonb
 from sqlalchemy import Column, Table
 
 from infra import schema
@@ -69,6 +70,14 @@ class Codec(Generic[T]):
             row[name] = convert(row[name])
         return row
 
+    def plain(self, value: T) -> Row:
+        """As `row`, for a `document`: what is JSON stays as it is."""
+        row = dict(vars(value))
+        for name, convert in self.write.items():
+            if convert is not jsonb:
+                row[name] = convert(row[name])
+        return row
+
     def value(self, row: Sequence[Any]) -> T:
         given = dict(zip(self.names, row, strict=True))
         for name, convert in self.read.items():
@@ -99,7 +108,10 @@ def to_json(value: object) -> bytes:
         ValueError: NaN or an infinity, a NUL or half a surrogate pair is in it. Said here, because
             the server's own refusal would take the whole transaction down.
     """
-    text = _encode(value)
+    return _checked(_encode(value))
+
+
+def _checked(text: str) -> bytes:
     if "\\u0000" in text and _NUL.search(text):
         raise ValueError("a NUL character cannot be stored")
     return text.encode()
@@ -123,6 +135,24 @@ def _as_it_is(text: bytes) -> bytes:
     return text
 
 
+def _plain_in_document(value: object) -> object:
+    if isinstance(value, datetime):
+        return value.isoformat()
+    if isinstance(value, Jsonb):
+        return json.loads(value.obj)
+    return _plain(value)
+
+
+_encode_document = json.JSONEncoder(
+    allow_nan=False, ensure_ascii=False, separators=(",", ":"), default=_plain_in_document
+).encode
+
+
+def document(rows: Sequence[Row]) -> Json:
+    """Many rows as one parameter, for `json_to_recordset`. Raises `ValueError` as `to_json`."""
+    return Json(_checked(_encode_document(rows)), dumps=_as_it_is)
+
+
 # --- jobs -------------------------------------------------------------------------------------
 
 
@@ -142,9 +172,12 @@ def _request_from_json(stored: Mapping[str, Any]) -> JobRequest:
 
 def _fields_of(kind: type[Any], stored: Mapping[str, Any]) -> Row:
     """Without fields that a newer version wrote: while it is rolled out, both read all rows."""
-    return {
-        item.name: stored[item.name] for item in dataclasses.fields(kind) if item.name in stored
-    }
+    return {name: stored[name] for name in _names_of(kind) if name in stored}
+
+
+@cache
+def _names_of(kind: type[Any]) -> tuple[str, ...]:
+    return tuple(item.name for item in dataclasses.fields(kind))
 
 
 def _value_of(member: Any) -> Any:
@@ -197,12 +230,12 @@ def job_to_row(job: Job) -> Row:
 
 
 def job_changes(job: Job) -> Row:
-    """The columns that can change."""
+    """The id and the columns that can change, for a `document`."""
     row = {name: value for name, value in vars(job).items() if name not in JOB_CONSTANTS}
     for name, convert in JOBS.write.items():
-        if name in row:
+        if name in row and convert is not jsonb:
             row[name] = convert(row[name])
-    return row
+    return row | {"id": job.id}
 
 
 # --- everything else --------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from sqlalchemy import (
     Select,
     Table,
     Text,
+    and_,
     bindparam,
     delete,
     exists,
@@ -145,7 +146,9 @@ def claim(table: Table, names: tuple[str, ...]) -> Sql:
         .with_for_update(of=table, skip_locked=True)
     )
     if table is outgoing:
-        due = due.join(first := _first_waiting(), first.c.id == outgoing.c.id).where(_IS_WAITING)
+        first = _first_waiting()
+        is_first = and_(first.c.job == outgoing.c.job, first.c.seq == outgoing.c.seq)
+        due = due.join(first, is_first).where(_IS_WAITING)
     taken = due.cte("taken")
     return _sql(
         update(table)
@@ -169,13 +172,13 @@ _HAS_ENDED = or_(*(_is(jobs.c.status, status.value) for status in sorted(TERMINA
 
 
 def _first_waiting() -> CTE:
-    """Of each job that waits, the id of its first row.
+    """Of each job that waits, the number of its first row.
 
     One pass over the rows that wait: a dead endpoint's long queue makes it longer, whereas asking
     of each due row whether an earlier one waits would take the square of that queue.
     """
-    key = (outgoing.c.job, outgoing.c.seq, outgoing.c.id)
-    statement = select(*key).distinct(outgoing.c.job).where(_IS_WAITING).order_by(*key)
+    first = func.min(outgoing.c.seq).label("seq")
+    statement = select(outgoing.c.job, first).where(_IS_WAITING).group_by(outgoing.c.job)
     return statement.cte("first_waiting")
 
 
@@ -212,7 +215,7 @@ def next_outgoing() -> Sql:
     statement = select(*codecs.OUTGOING.columns).where(
         outgoing.c.job == bindparam("job"), _IS_WAITING
     )
-    return _sql(statement.order_by(outgoing.c.seq, outgoing.c.id).limit(literal_column("1")))
+    return _sql(statement.order_by(outgoing.c.seq).limit(literal_column("1")))
 
 
 @cache

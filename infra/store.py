@@ -272,12 +272,11 @@ class SqlTransaction:
         self.save_jobs([job])
 
     def save_jobs(self, jobs: Sequence[Job]) -> None:
-        changes = [codecs.job_changes(job) for job in jobs]
-        if not changes:
+        rows = list({job.id: codecs.job_changes(job) for job in jobs}.values())
+        if not rows:
             return
-        sql = statements.change(schema.jobs, ("id",), tuple(changes[0]))
-        values = [row | {"key_id": job.id} for row, job in zip(changes, jobs, strict=True)]
-        if self._run_all(sql, values) != len(jobs):
+        sql = statements.change_all(schema.jobs, tuple(rows[0]))
+        if self._run(sql, {"rows": codecs.document(rows)}).rowcount != len(rows):
             raise NotFound(f"there is no job {jobs[0].id}" if len(jobs) == 1 else _SOME_MISSING)
 
     def list_jobs(
@@ -353,23 +352,19 @@ class SqlTransaction:
     def add_events(self, events: Sequence[Event]) -> list[bool]:
         if not events:
             return []
-        values = [codecs.EVENTS.row(event) for event in events]
-        new = self._insert_each(statements.insert_new(schema.events, tuple(values[0])), values)
+        rows = [codecs.EVENTS.plain(event) for event in events]
+        sql = statements.insert_all_new(schema.events, tuple(rows[0]), _EVENT_KEYS)
+        added = set(self._run(sql, {"rows": codecs.document(rows)}).fetchall())
+        new = []
+        for row in rows:
+            key = tuple(row[name] for name in _EVENT_KEYS)
+            new.append(key in added)
+            # of two that are the same, the first is the new one
+            added.discard(key)
         self._check_repeats(
             [event for event, is_new in zip(events, new, strict=True) if not is_new]
         )
         return new
-
-    def _insert_each(self, sql: Sql, values: Sequence[Mapping[str, Any]]) -> list[bool]:
-        """Which of them went in; in one round trip."""
-        if len(values) == 1:
-            return [self._run(sql, values[0]).rowcount == 1]
-        with self._raw.cursor() as cursor:
-            try:
-                cursor.executemany(sql, values, returning=True)
-            except (psycopg.DataError, UnicodeEncodeError) as error:
-                raise ValueError(f"this cannot be stored: {type(error).__name__}") from error
-            return [result.rowcount == 1 for result in cursor.results()]
 
     def _check_repeats(self, repeats: Sequence[Event]) -> None:
         """A repeat is known by its report; anything else took a number that is in use."""
@@ -396,10 +391,11 @@ class SqlTransaction:
     # what goes out
 
     def add_outgoing(self, rows: Sequence[Outgoing]) -> None:
-        values = [codecs.OUTGOING.row(row) for row in rows]
-        if values and self._run_all(
-            statements.insert_new(schema.outgoing, tuple(values[0])), values
-        ) != len(values):
+        if not rows:
+            return
+        values = [codecs.OUTGOING.plain(row) for row in rows]
+        sql = statements.insert_all_new(schema.outgoing, tuple(values[0]), ("id",))
+        if self._run(sql, {"rows": codecs.document(values)}).rowcount != len(rows):
             raise Conflict("an outgoing webhook of this id exists already")
 
     def save_outgoing(self, row: Outgoing) -> None:
@@ -559,6 +555,8 @@ class SqlTransaction:
         return dropped
 
 
+#: By what an event is told from all others.
+_EVENT_KEYS = ("job", "seq", "attempt", "agent_seq", "webhook_id")
 _SOME_MISSING = "at least one of these jobs does not exist"
 
 
