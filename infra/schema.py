@@ -244,13 +244,12 @@ outgoing = Table(
     PrimaryKeyConstraint("id"),
     _one_of("status", OutgoingStatus),
 )
-Index("outgoing_job", outgoing.c.job, outgoing.c.seq)
+Index("outgoing_job", outgoing.c.job, outgoing.c.seq, unique=True)
 # the first row of each job that waits, without a look at the others
 Index(
     "outgoing_waiting",
     outgoing.c.job,
     outgoing.c.seq,
-    outgoing.c.id,
     postgresql_where=outgoing.c.status == OutgoingStatus.WAITING.value,
 )
 Index("outgoing_created_at", outgoing.c.created_at, postgresql_using="brin")

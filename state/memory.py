@@ -116,8 +116,8 @@ class _Data:
         self.reports: Rows[tuple[str, int, int], None] = Rows()
         self.webhook_ids: Rows[str, None] = Rows()
         self.outgoing: Rows[str, Outgoing] = Rows()
-        self.outgoing_by_job: dict[str, Rows[str, None]] = defaultdict(Rows)
-        self.waiting: dict[str, Rows[str, int]] = defaultdict(Rows)
+        self.outgoing_by_job: dict[str, Rows[int, str]] = defaultdict(Rows)
+        self.waiting: dict[str, Rows[int, str]] = defaultdict(Rows)
         #: by job: when its first waiting row is due
         self.next_due: DueRows[datetime | None] = DueRows(_itself)
         self.deliveries: dict[str, Rows[int, Delivery]] = defaultdict(Rows)
@@ -418,7 +418,8 @@ class MemoryTransaction:
         data = self._data
         for row in rows:
             self._add(data.outgoing, row.id, row, f"outgoing webhook {row.id}")
-            self._put(data.outgoing_by_job[row.job], row.id, None)
+            what = f"webhook {row.seq} of job {row.job}"
+            self._add(data.outgoing_by_job[row.job], row.seq, row.id, what)
             self._queue(row)
 
     def save_outgoing(self, row: Outgoing) -> None:
@@ -431,9 +432,9 @@ class MemoryTransaction:
         data = self._data
         waiting = data.waiting[row.job]
         if row.status is OutgoingStatus.WAITING:
-            self._put(waiting, row.id, row.seq)
+            self._put(waiting, row.seq, row.id)
         else:
-            self._drop(waiting, row.id)
+            self._drop(waiting, row.seq)
         first = self.next_outgoing(row.job)
         if first is None:
             self._drop(data.next_due, row.job)
@@ -445,10 +446,7 @@ class MemoryTransaction:
 
     def next_outgoing(self, job_id: str) -> Outgoing | None:
         waiting = self._data.waiting.get(job_id)
-        if not waiting:
-            return None
-        _, first = min((seq, outgoing_id) for outgoing_id, seq in waiting.items())
-        return self._data.outgoing[first]
+        return self._data.outgoing[waiting[min(waiting)]] if waiting else None
 
     def claim_due_outgoing(self, now: datetime, until: datetime, limit: int) -> list[str]:
         jobs = self._data.next_due.take(now, limit)
@@ -469,9 +467,8 @@ class MemoryTransaction:
         return [of_job[number] for number in newest[:limit]]
 
     def list_outgoing(self, job_id: str) -> list[Outgoing]:
-        ids = self._data.outgoing_by_job.get(job_id, ())
-        rows = (self._data.outgoing[outgoing_id] for outgoing_id in ids)
-        return sorted(rows, key=lambda row: (row.seq, row.id))
+        of_job = self._data.outgoing_by_job.get(job_id, _NOTHING)
+        return [self._data.outgoing[of_job[seq]] for seq in sorted(of_job)]
 
     # datasets and artefacts
 
@@ -621,7 +618,7 @@ class MemoryTransaction:
                 if event.at < when:
                     yield partial(self._drop_event, event)
         for job in ended:
-            for outgoing_id in data.outgoing_by_job.get(job, ()):
+            for outgoing_id in data.outgoing_by_job.get(job, _NOTHING).values():
                 row = data.outgoing[outgoing_id]
                 # what is still waiting is still owed
                 if row.created_at < when and row.status is not OutgoingStatus.WAITING:
@@ -641,7 +638,7 @@ class MemoryTransaction:
 
     def _drop_outgoing(self, row: Outgoing) -> None:
         self._drop(self._data.outgoing, row.id)
-        self._drop(self._data.outgoing_by_job[row.job], row.id)
+        self._drop(self._data.outgoing_by_job[row.job], row.seq)
 
 
 _NOTHING: Rows[Any, Any] = Rows()

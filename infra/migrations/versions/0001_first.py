@@ -280,11 +280,11 @@ def upgrade() -> None:
     op.create_index(
         "outgoing_created_at", "outgoing", ["created_at"], unique=False, postgresql_using="brin"
     )
-    op.create_index("outgoing_job", "outgoing", ["job", "seq"], unique=False)
+    op.create_index("outgoing_job", "outgoing", ["job", "seq"], unique=True)
     op.create_index(
         "outgoing_waiting",
         "outgoing",
-        ["job", "seq", "id"],
+        ["job", "seq"],
         unique=False,
         postgresql_where=sa.text("status = 'waiting'"),
     )

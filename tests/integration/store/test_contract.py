@@ -658,8 +658,9 @@ def test_an_outgoing_webhook_comes_back_as_it_was_stored(make, commit):
     commit("add_outgoing", [row])
     commit("add_outgoing", [])
     assert commit("outgoing", row.id, lock=True) == row
-    with pytest.raises(Conflict):
-        commit("add_outgoing", [row])
+    for other in (row, make.outgoing("job_1", 1)):
+        with pytest.raises(Conflict):
+            commit("add_outgoing", [other])
 
 
 def test_deliveries_are_logged_newest_first(make, commit):
