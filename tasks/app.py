@@ -6,17 +6,20 @@ database, not the message, carries the retry.
 
 from __future__ import annotations
 
+import logging
 import random
+import threading
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from functools import cache
 
 import structlog
 from celery import Celery
-from celery.signals import setup_logging
+from celery.signals import setup_logging, worker_ready, worker_shutting_down
 
 from infra import guard, logs
 from infra.wiring import Services, services
+from state.errors import StoreUnavailable
 from tasks import reconcile as passes
 from tasks.allocate import Renter, Terms
 from tasks.cleanup import cleanup as clean
@@ -34,8 +37,37 @@ _log = structlog.get_logger()
 
 @setup_logging.connect
 def _logging(**_: object) -> None:
-    """Ours, in place of Celery's."""
+    """Ours, in place of Celery's; a line for each tick would bury what matters."""
     logs.configure()
+    for noisy in ("celery.app.trace", "celery.beat", "celery.worker.strategy"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+#: A worker says so often (seconds) that it lives, also while no task comes.
+SIGN_OF_LIFE_S = 5.0
+_over = threading.Event()
+
+
+@worker_ready.connect
+def _live(**_: object) -> None:
+    threading.Thread(target=_say_alive, name="sign-of-life", daemon=True).start()
+
+
+@worker_shutting_down.connect
+def _end(**_: object) -> None:
+    _over.set()
+
+
+def _say_alive() -> None:
+    have = services()
+    while True:
+        try:
+            with have.store.transaction() as tx:
+                tx.beat("worker", have.clock())
+        except StoreUnavailable:
+            _log.warning("the database cannot be told that this worker lives")
+        if _over.wait(SIGN_OF_LIFE_S):
+            return
 
 
 def wake(task: str, ids: Sequence[str]) -> None:

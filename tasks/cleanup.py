@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
 from infra.storage import Storage
-
 from state.store import Store
 
 BATCH = 100

@@ -8,7 +8,6 @@ from datetime import datetime
 from typing import Any
 
 from infra.storage import Storage
-
 from state import policy, record
 from state.errors import IllegalMove, NotFound, StorageError
 from state.events import Artefact
