@@ -6,7 +6,8 @@ import contextlib
 import logging
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,6 +104,7 @@ def running_sandbox(
     faults: Sequence[Fault] = (),
     fault_rate: float = 0.0,
     rate_limits: bool = False,
+    clock: Callable[[], float] = time.time,
 ) -> Iterator[Sandbox]:
     """A sandbox on a port of its own (0: any free one), until the block ends; its machines end
     with it. Without `data_dir` their directories are temporary.
@@ -116,6 +118,7 @@ def running_sandbox(
         faults: what goes wrong with which calls.
         fault_rate: chance per call of some other trouble, drawn by `seed`.
         rate_limits: refuse calls that come faster than Vast documents.
+        clock: real epoch seconds.
     """
     with contextlib.ExitStack() as stack:
         if data_dir is None:
@@ -128,6 +131,7 @@ def running_sandbox(
             time_scale=time_scale,
             boot_s=boot_s,
             credit=credit,
+            clock=clock,
         )
         stack.callback(market.close)
         app = create_sandbox_app(

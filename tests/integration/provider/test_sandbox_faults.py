@@ -106,8 +106,16 @@ def test_calls_too_fast_are_throttled_in_all_shapes(spec: LaunchSpec) -> None:
 
 
 def test_calls_at_the_documented_distance_are_never_throttled() -> None:
-    with running_sandbox(account_key=KEY, rate_limits=True, time_scale=100) as sandbox:
-        vast = VastProvider(KEY, sandbox.url, spacing=1 / 80)
+    now = [1_800_000_000.0]
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+
+    def clock() -> float:
+        return now[0]
+
+    with running_sandbox(account_key=KEY, rate_limits=True, clock=clock) as sandbox:
+        vast = VastProvider(KEY, sandbox.url, clock=clock, sleep=sleep)
         for _ in range(5):
             vast.instances()
             vast.account()

@@ -576,6 +576,7 @@ def test_destroyed_and_already_gone_are_successes(hostile: Any, status: int, bod
         (200, "<html></html>", Unknown),
         (404, "<html></html>", Unknown),
         (500, {"success": True}, Unknown),
+        (500, {"success": False, "error": "no_such_instance"}, Unknown),
         (503, "", Unknown),
         (400, {"success": False, "error": "invalid_args", "msg": "invalid instance_id"}, Refused),
         (404, {"success": False, "error": "auth_error"}, AccountFault),
