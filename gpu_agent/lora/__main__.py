@@ -46,8 +46,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="gpu_agent.lora")
     parser.add_argument("--job", type=Path, required=True)
     asked = parser.parse_args(arguments)
-    events = JsonLines.take_stdout()
     orders = Orders()
+    # an agent that is gone can neither report nor upload: save and leave, as it would have ordered
+    events = JsonLines.take_stdout(gone=lambda: orders.note("stop"))
     orders.obey_sigterm()
     if sys.stdin is not None:
         orders.listen(sys.stdin.buffer)

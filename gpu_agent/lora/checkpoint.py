@@ -18,6 +18,7 @@ import hashlib
 import json
 import logging
 import os
+import pickle
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from gpu_agent.lora.evaluate import Validation
@@ -36,6 +38,19 @@ BEST = "best.safetensors"
 _STATE = "state.pt"
 _MANIFEST = "manifest.json"
 _FORMAT = 1
+
+
+#: What reading a broken checkpoint can raise.
+_BROKEN = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    SafetensorError,
+    pickle.UnpicklingError,
+)
 
 
 @dataclass(frozen=True)
@@ -189,7 +204,7 @@ def _read(folder: Path, belongs: Belongs) -> Progress:
                 int(step): Validation(**seen) for step, seen in manifest["validations"].items()
             },
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except _BROKEN as error:
         raise Unusable(f"{folder.name} cannot be read: {error}") from error
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
+from gpu_agent.lora import tensor_file
 from gpu_agent.lora.errors import TrainingError
 from gpu_agent.lora.families import Family
 from gpu_agent.wire import Recipe
@@ -50,8 +50,8 @@ def write(
     config = {f"{prefix}.{key}": _plain(value) for key, value in adapter_config.items()}
     diffusers = {**said, "lora_adapter_metadata": json.dumps(config, sort_keys=True)}
     kohya = {**said, **_ss(family, recipe, steps)}
-    _save(folder / DIFFUSERS, tensors, diffusers)
-    _save(folder / KOHYA, kohya_tensors(tensors, recipe.alpha), kohya)
+    tensor_file.write(folder / DIFFUSERS, tensors, diffusers)
+    tensor_file.write(folder / KOHYA, kohya_tensors(tensors, recipe.alpha), kohya)
     return [folder / DIFFUSERS, folder / KOHYA]
 
 
@@ -107,9 +107,3 @@ def _plain(value: Any) -> Any:
     return (
         value if isinstance(value, (str, int, float, bool, list, dict, type(None))) else str(value)
     )
-
-
-def _save(file: Path, tensors: Mapping[str, Any], metadata: dict[str, str]) -> None:
-    part = file.with_name(file.name + ".part")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, metadata)
-    part.replace(file)

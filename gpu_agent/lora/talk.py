@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import FrameType
 from typing import Any, Protocol, TextIO
 
@@ -29,15 +29,17 @@ class JsonLines:
     what C code prints too.
     """
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: TextIO, gone: Callable[[], None] = lambda: None) -> None:
+        """`gone` is called when nobody reads the events any more."""
         self._stream = stream
+        self._gone = gone
 
     @classmethod
-    def take_stdout(cls) -> JsonLines:
+    def take_stdout(cls, gone: Callable[[], None]) -> JsonLines:
         sys.stdout.flush()
         kept = os.dup(1)
         os.dup2(2, 1)
-        return cls(os.fdopen(kept, "w", encoding="utf-8", buffering=1))
+        return cls(os.fdopen(kept, "w", encoding="utf-8"), gone)
 
     def emit(self, event: str, **fields: Any) -> None:
         line = json.dumps({"event": event, **fields}, ensure_ascii=False, allow_nan=False)
@@ -45,8 +47,8 @@ class JsonLines:
             self._stream.write(line + "\n")
             self._stream.flush()
         except BrokenPipeError:
-            # Nobody listens any more. The agent's SIGTERM, not a lost line, ends a training.
             _log.warning("nobody reads the events")
+            self._gone()
 
 
 class Orders:

@@ -39,15 +39,11 @@ def main(arguments: list[str] | None = None) -> None:
 
 def write(out: Path, seed: int = 0) -> Path:
     """Write the model; the file appears whole or not at all."""
-    from safetensors.torch import save_file
+    from gpu_agent.lora import tensor_file  # imports torch, which --help need not wait for
 
-    tensors = dict(_tensors(seed))
-    part = out.with_name(out.name + ".part")
-    # the metadata that Civitai's own files carry, so that readers of it meet it here too
-    save_file(
-        tensors, part, metadata={"format": "pt", "modelspec.architecture": "stable-diffusion-v1"}
-    )
-    part.replace(out)
+    # the notes that Civitai's own files carry, so that readers of them meet them here too
+    metadata = {"format": "pt", "modelspec.architecture": "stable-diffusion-v1"}
+    tensor_file.write(out, dict(_tensors(seed)), metadata)
     return out
 
 
@@ -60,15 +56,15 @@ def _tensors(seed: int) -> Iterator[tuple[str, Any]]:
     layers = unet.config["layers_per_block"]
     attends = tuple("CrossAttn" in kind for kind in unet.config["up_block_types"])
     for name, tensor in unet.state_dict().items():
-        yield ldm.UNET + ldm.unet_name(name, layers=layers, attends=attends), tensor.contiguous()
+        yield ldm.UNET + ldm.unet_name(name, layers=layers, attends=attends), tensor
     for name, tensor in vae.state_dict().items():
         # LDM's VAE attention is made of 1x1 convolutions
         convolution = ".attentions." in name and tensor.ndim == 2
         stored = tensor[:, :, None, None] if convolution else tensor
-        yield ldm.VAE + ldm.vae_name(name, levels=len(VAE_WIDTHS)), stored.contiguous()
+        yield ldm.VAE + ldm.vae_name(name, levels=len(VAE_WIDTHS)), stored
     for name, tensor in text.state_dict().items():
         plain = name.removeprefix("text_model.")
-        yield f"{ldm.TEXT}text_model.{plain}", tensor.contiguous()
+        yield f"{ldm.TEXT}text_model.{plain}", tensor
 
 
 def _unet() -> Any:

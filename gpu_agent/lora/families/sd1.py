@@ -122,35 +122,38 @@ def load(base: Path, work: Path, device: Any, dtype: Any) -> Sd1:
     """
     try:
         if base.is_dir():
-            parts = _from_folder(base)
-            beside = base
+            parts, beside = _from_folder(base, dtype), base
         else:
-            parts = _from_file(base, work / "base_config")
-            beside = base.parent
+            parts, beside = _from_file(base, work / "base_config", dtype), base.parent
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise ModelError("model.unreadable", f"{base.name} cannot be loaded: {error}") from error
     unet, vae, text_encoder, scheduler = parts
     for part in (unet, vae, text_encoder):
         _check_whole(base, part)
         part.requires_grad_(False).eval()
+        _settle(part)
     config = text_encoder.config
     tokenizer = tokenizer_for(config.vocab_size, config.max_position_embeddings, beside)
     return Sd1(
-        unet.to(device, dtype),
-        vae.to(device, torch.float32),
-        text_encoder.to(device, torch.float32),
+        unet.to(device),
+        vae.to(device),
+        text_encoder.to(device),
         tokenizer,
         scheduler,
         device,
     )
 
 
-def _from_file(base: Path, configs: Path) -> tuple[Any, Any, Any, Any]:
+def _from_file(base: Path, configs: Path, dtype: Any) -> tuple[Any, Any, Any, Any]:
     folder = str(ldm.write_folder(ldm.read_header(base), configs))
     tensors = load_file(base)
-    ours = {"config": folder, "local_files_only": True, "torch_dtype": torch.float32}
-    unet = UNet2DConditionModel.from_single_file(tensors, subfolder="unet", **ours)
-    vae = AutoencoderKL.from_single_file(tensors, subfolder="vae", **ours)
+    ours = {"config": folder, "local_files_only": True}
+    unet = UNet2DConditionModel.from_single_file(
+        tensors, subfolder="unet", torch_dtype=dtype, **ours
+    )
+    vae = AutoencoderKL.from_single_file(
+        tensors, subfolder="vae", torch_dtype=torch.float32, **ours
+    )
     text_encoder = CLIPTextModel(CLIPTextConfig.from_pretrained(folder, subfolder="text_encoder"))
     _fill(text_encoder, ldm.text_tensors(tensors))
     scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
@@ -166,19 +169,31 @@ def _fill(text_encoder: Any, tensors: dict[str, Any]) -> None:
     )
 
 
-def _from_folder(base: Path) -> tuple[Any, Any, Any, Any]:
-    ours = {"local_files_only": True, "torch_dtype": torch.float32}
+def _from_folder(base: Path, dtype: Any) -> tuple[Any, Any, Any, Any]:
+    whole = {"local_files_only": True, "torch_dtype": torch.float32}
     text_encoder, told = CLIPTextModel.from_pretrained(
-        base, subfolder="text_encoder", output_loading_info=True, **ours
+        base, subfolder="text_encoder", output_loading_info=True, **whole
     )
     if told["missing_keys"]:
         raise ValueError(f"the text encoder lacks {sorted(told['missing_keys'])[:3]}")
     return (
-        UNet2DConditionModel.from_pretrained(base, subfolder="unet", **ours),
-        AutoencoderKL.from_pretrained(base, subfolder="vae", **ours),
+        UNet2DConditionModel.from_pretrained(
+            base, subfolder="unet", local_files_only=True, torch_dtype=dtype
+        ),
+        AutoencoderKL.from_pretrained(base, subfolder="vae", **whole),
         text_encoder,
         DDIMScheduler.from_pretrained(base, subfolder="scheduler"),
     )
+
+
+def _settle(part: Any) -> None:
+    """Copy the weights out of the mapped file.
+
+    There they lie at whatever offset the file has them, and on a CPU the rounding of a product
+    depends on how its operands are aligned: the same weights would train differently.
+    """
+    for tensor in part.parameters():
+        tensor.data = tensor.data.clone()
 
 
 def _check_whole(base: Path, part: Any) -> None:

@@ -1,5 +1,6 @@
 import io
 import json
+import os
 
 import pytest
 
@@ -40,3 +41,17 @@ def test_an_event_is_one_line_of_json():
 def test_a_number_that_json_does_not_know_is_not_written():
     with pytest.raises(ValueError, match="JSON"):
         JsonLines(io.StringIO()).emit("progress", loss=float("nan"))
+
+
+def test_a_trainer_whose_agent_is_gone_is_told_to_stop():
+    theirs, ours = os.pipe()
+    orders = Orders()
+    stream = os.fdopen(ours, "w")
+    events = JsonLines(stream, gone=lambda: orders.note("stop"))
+    events.emit("progress", step=1)
+    assert not orders.stop
+    os.close(theirs)
+    events.emit("progress", step=2)
+    assert orders.stop
+    with pytest.raises(BrokenPipeError):
+        stream.close()

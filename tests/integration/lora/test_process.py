@@ -1,0 +1,156 @@
+"""The trainer as the agent meets it: a process, JSON lines, an exit status."""
+
+import json
+import shutil
+import signal
+import struct
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import gpu_agent
+
+RECIPE = {
+    "steps": 12,
+    "batch_size": 2,
+    "flip": True,
+    "caption_dropout": 0.5,
+    "validation_every": 4,
+    "learning_rate": 0.005,
+    "warmup_steps": 2,
+    "sample_prompts": ["sks in the snow"],
+}
+
+
+def test_a_training_killed_and_stopped_on_its_way_ends_like_an_undisturbed_one(
+    workshop, start, tmp_path
+):
+    """SIGKILL at one step, SIGTERM at a later one, the rest from a zip: bit for bit the same."""
+    undisturbed, _ = workshop.train(workshop.job("undisturbed", **RECIPE))
+
+    first = start(workshop.job("first", **RECIPE))
+    checkpoint = first.until("checkpoint", step=4)
+    first.process.kill()
+    assert first.end() == -signal.SIGKILL
+    moved = tmp_path / "moved"
+    shutil.copytree(checkpoint["path"], moved)
+
+    second = start(workshop.job("second", resume_dir=moved, **RECIPE))
+    second.order(b"not an order\n")
+    assert second.until("started")["step"] == 4
+    second.until("progress")
+    second.process.terminate()
+    assert second.end() == 75
+    last = second.events[-1]
+    assert last["event"] == "checkpoint"
+    assert 4 < last["step"] <= 12
+
+    third = start(workshop.job("third", resume_dir=last["path"], **RECIPE), code=bundle(tmp_path))
+    completed = third.until("completed")
+    assert third.end() == 0
+    assert third.events[-1] == completed
+    assert files_of(completed) == files_of(undisturbed.one("completed"))
+
+
+def files_of(completed):
+    names = {"lora.safetensors", "lora_kohya.safetensors", "loss_history.csv"}
+    contents = {}
+    for file in completed["files"]:
+        if file["name"] in names:
+            with open(file["path"], "rb") as opened:
+                contents[file["name"]] = opened.read()
+    assert contents.keys() == names
+    return contents
+
+
+def bundle(folder):
+    """The trainer in a zip, as the agent carries it."""
+    package = Path(next(iter(gpu_agent.__path__)))
+    file = folder / "bundle.pyz"
+    with zipfile.ZipFile(file, "w") as zipped:
+        for path in [package / "__init__.py", package / "wire.py", *package.rglob("lora/**/*")]:
+            if path.is_file() and path.suffix in {".py", ".json"}:
+                zipped.write(path, path.relative_to(package.parent))
+    return file
+
+
+def test_an_order_to_stop_before_the_first_step_costs_nothing(workshop, start):
+    trainer = start(workshop.job(**RECIPE))
+    trainer.order(b'{"order": "stop"}\n')
+    assert trainer.end() == 75
+    assert not [event for event in trainer.events if event["event"] in {"error", "completed"}]
+
+
+def text_as_jpg(workshop):
+    folder = workshop.folder / "spoiled"
+    shutil.copytree(workshop.photos, folder)
+    (folder / "notes.jpg").write_text("not a photograph\n" * 100)
+    return workshop.job(photos=folder)
+
+
+def no_images(workshop):
+    folder = workshop.folder / "none"
+    folder.mkdir()
+    return workshop.job(photos=folder)
+
+
+def truncated_base(workshop):
+    half = workshop.folder / "half.safetensors"
+    half.write_bytes(workshop.base.read_bytes()[:-1000])
+    return workshop.job(base=half)
+
+
+def pickled_base(workshop):
+    pickled = workshop.folder / "model.ckpt"
+    pickled.write_bytes(b"\x80\x02}q\x00X\x0a\x00\x00\x00state_dict")
+    return workshop.job(base=pickled)
+
+
+def another_family(workshop):
+    other = workshop.folder / "other.safetensors"
+    header = json.dumps(
+        {"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, separators=(",", ":")
+    ).encode()
+    other.write_bytes(struct.pack("<Q", len(header)) + header + b"\x00" * 4)
+    return workshop.job(base=other)
+
+
+def no_base(workshop):
+    return workshop.job(base=workshop.folder / "nowhere.safetensors")
+
+
+def unknown_key(workshop):
+    return workshop.job(learnin_rate=1e-4)
+
+
+def rank_zero(workshop):
+    return workshop.job(rank=0, steps=-1)
+
+
+def garbage(_workshop):
+    return "{"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "code", "named"),
+    [
+        (text_as_jpg, "dataset.image", "notes.jpg"),
+        (no_images, "dataset.empty", "none"),
+        (truncated_base, "model.truncated", "half.safetensors"),
+        (pickled_base, "model.format", "model.ckpt"),
+        (another_family, "model.family", "SD 1.x"),
+        (no_base, "model.missing", "nowhere.safetensors"),
+        (unknown_key, "recipe.invalid", "learnin_rate"),
+        (rank_zero, "recipe.invalid", "steps"),
+        (garbage, "job.invalid", "job.json"),
+    ],
+)
+def test_what_cannot_be_trained_is_one_error_and_status_1(workshop, start, spoil, code, named):
+    trainer = start(spoil(workshop))
+    assert trainer.end() == 1
+    (error,) = trainer.events
+    assert error["event"] == "error"
+    assert error["code"] == code
+    assert named in error["message"]
+    assert error["retryable"] is (code == "model.truncated")
