@@ -122,7 +122,9 @@ class Agent:
         """Whether the job was done. Whatever ended it was reported when this returns."""
         try:
             self._do(spec, reporter)
-            return self._acknowledged(reporter)
+            self._flush(reporter)
+            # asked of the fact itself: a later report may be told that all is over by now
+            return Fact.WEIGHTS_UPLOADED in reporter.taken
         except Halted:
             log.warning("the work ends: %s", self._halt.reason)
             if self._halt.reason == TERMINATED:
@@ -139,7 +141,7 @@ class Agent:
             fault = Fault("agent.crashed", f"{type(error).__name__}", retryable=True)
         log.error("%s: %s", fault.code, fault.message)
         self._tell(reporter, fault)
-        self._acknowledged(reporter)
+        self._flush(reporter)
         return False
 
     def _do(self, spec: JobSpec, reporter: Reporter) -> None:
@@ -168,12 +170,10 @@ class Agent:
         data = {"code": fault.code, "message": fault.message, "retryable": fault.retryable}
         reporter.put(Fact.ERROR, {**data, "log_tail": self._journal.tail()})
 
-    def _acknowledged(self, reporter: Reporter) -> bool:
-        """Wait until the server has everything; False when the work was told to end before."""
-        while not reporter.flush(0.5):
-            if self._halt.wait(0):
-                return False
-        return True
+    def _flush(self, reporter: Reporter) -> None:
+        """Wait until the server has everything, or the work is told to end."""
+        while not reporter.flush(0.5) and not self._halt.wait(0):
+            pass
 
     def _obey(self, order: Order) -> None:
         if order in (Order.CANCEL, Order.STOP):

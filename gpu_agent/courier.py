@@ -103,7 +103,9 @@ class Courier:
             return
         # a name of its own for every try: storage never overwrites
         folder = f"checkpoints/{parcel.said.get('step', 0)}-{secrets.token_hex(3)}"
-        paths = sorted(item for item in parcel.path.rglob("*") if item.is_file())
+        paths = sorted(
+            item for item in parcel.path.rglob("*") if item.is_file() and item.stat().st_size
+        )
         names = [f"{folder}/{path.relative_to(parcel.path).as_posix()}" for path in paths]
         done = [
             files.upload(Upload(name=name, path=path))

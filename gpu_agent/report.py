@@ -221,6 +221,8 @@ class Reporter:
         self._spec, self._spool, self._clock, self._halt = spec, spool, clock, halt
         self._on_order, self._on_heard, self._status = on_order, on_heard, status
         self._log_lines, self._delays = log_lines, delays
+        #: The facts that the server has taken.
+        self.taken: set[Fact] = set()
         self._session = requests.Session()
         self._session.trust_env = False  # neither a netrc nor a proxy of the image's maker
         self._wake = threading.Condition()
@@ -242,9 +244,11 @@ class Reporter:
             self._wake.notify_all()
 
     def flush(self, seconds: float) -> bool:
-        """Send all that waits without regard to pace; whether all was acknowledged in time."""
+        """Send all that waits without regard to pace; whether all was acknowledged in time.
+
+        From now on no lines of the log are added: there would be no end.
+        """
         deadline = self._clock.monotonic() + seconds
-        self._collect_log()
         with self._wake:
             self._flushing = self._news = True
             self._wake.notify_all()
@@ -283,7 +287,7 @@ class Reporter:
                 self._wake.notify_all()
 
     def _collect_log(self) -> None:
-        if lines := self._log_lines():
+        if not self._flushing and (lines := self._log_lines()):
             self._spool.put(Fact.LOG_LINES, cleaned({"lines": lines}), self._clock.now())
 
     def _is_due(self, fact: Fact) -> bool:
@@ -348,6 +352,7 @@ class Reporter:
         status = answer.status_code
         if 200 <= status < 300:
             self._on_heard()
+            self.taken.add(report.type)
             for order in orders_from_bytes(answer.content):
                 self._on_order(order)
             return True, 0.0

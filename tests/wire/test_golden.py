@@ -135,3 +135,15 @@ def test_every_fact_and_order_keeps_its_spelling():
     spelled = json.loads(golden("vocabulary"))
     assert set(spelled["facts"]) <= {str(fact) for fact in Fact}
     assert set(spelled["orders"]) <= {str(order) for order in Order}
+
+
+@pytest.mark.parametrize("name", ["job-spec", "report-progress", "answer-orders"])
+def test_the_page_shows_these_very_bytes(name):
+    page = (Path(__file__).parents[2] / "docs" / "wire.md").read_text()
+    assert golden(name).decode() in page
+    assert json.loads(golden("signatures"))["report-progress"]["webhook-signature"] in page
+
+
+def test_the_page_knows_every_fact_and_order():
+    page = (Path(__file__).parents[2] / "docs" / "wire.md").read_text()
+    assert [word for word in (*Fact, *Order) if f"`{word}`" not in page] == []

@@ -97,6 +97,7 @@ class Stoker:
         self.repeats: list[str] = []
         self.orders: list[wire.Order] = []
         self.over = False
+        self.over_after = ""
         self.requests: list[Request] = []
         self.hellos: list[dict[str, Any]] = []
         self.documents: dict[str, bytes] = {}
@@ -243,6 +244,7 @@ class _Handler(BaseHTTPRequestHandler):
             return 200, wire.answer_to_bytes([])
         stoker.bodies[webhook_id] = body
         stoker.reports.append(report)
+        stoker.over = report.type == stoker.over_after
         orders, stoker.orders = stoker.orders, []
         return 200, wire.answer_to_bytes(orders)
 
