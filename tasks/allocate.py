@@ -108,7 +108,7 @@ class Renter:
             except Refused as error:
                 self._refused(lease, error)
                 refusals.append(f"{offer.gpu_name} on machine {offer.machine_id}: {error}")
-                if isinstance(error, (AccountFault, Throttled)):
+                if isinstance(error, (AccountFault, Throttled)) or error.code == "unreachable":
                     # No other offer would fare better now.
                     pause = error.retry_after if isinstance(error, Throttled) else None
                     self._wait(job_id, str(error), pause=pause)
