@@ -24,6 +24,7 @@ import hashlib
 import hmac
 import json
 import math
+import re
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -112,6 +113,9 @@ def _text(value: Mapping[str, Any], key: str, *, limit: int = 4096) -> str:
     return got
 
 
+_UNKEEPABLE = re.compile("[\x00\ud800-\udfff]")
+
+
 def _keepable(value: object) -> bool:
     """Whether no text in `value` holds a NUL or half a surrogate pair.
 
@@ -121,7 +125,7 @@ def _keepable(value: object) -> bool:
     while waiting:
         item = waiting.pop()
         if isinstance(item, str):
-            if "\x00" in item or any(0xD800 <= ord(character) <= 0xDFFF for character in item):
+            if _UNKEEPABLE.search(item):
                 return False
         elif isinstance(item, dict):
             waiting += [*item, *item.values()]
