@@ -68,13 +68,13 @@ def create_app(deps: Deps) -> OpenAPI:
     metrics, waker = Metrics(deps.metrics_dir), Waker(deps.wake)
     auth = AttemptAuth(deps.store, deps.clock)
     problems.install(app)
-    _watch_requests(app, deps, metrics)
+    _watch_requests(app, metrics)
     app.register_api(datasets(deps, waker))
     app.register_api(jobs(deps, waker))
     app.register_blueprint(agent_api(deps, auth, waker))
     app.register_blueprint(health(deps, metrics, lambda: spec_of(app)))
     taker = ReportTaker(deps.store, deps.clock, waker, metrics)
-    app.wsgi_app = Receiver(app.wsgi_app, auth, taker, metrics, deps.clock)  # type: ignore[method-assign]
+    app.wsgi_app = Receiver(app.wsgi_app, auth, taker, metrics)  # type: ignore[method-assign]
     return app
 
 
@@ -90,11 +90,11 @@ def spec_of(app: OpenAPI) -> dict[str, Any]:
     return spec
 
 
-def _watch_requests(app: OpenAPI, deps: Deps, metrics: Metrics) -> None:
+def _watch_requests(app: OpenAPI, metrics: Metrics) -> None:
     @app.before_request
     def begin() -> None:
         g.began = time.perf_counter()
-        g.request_id = request_id(request.environ, deps.clock)
+        g.request_id = request_id(request.environ)
 
     @app.after_request
     def end(response: Response) -> Response:

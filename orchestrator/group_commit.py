@@ -1,21 +1,47 @@
 """Many waiting requests, one transaction.
 
 A commit waits for the disk. While it does, other requests queue up; the committer takes all of
-them into the next transaction, and each is answered only after its own is on disk. No request
-waits for company: an idle server commits a lone one at once.
+them into the next transaction, and each is answered only after its own is on disk.
+
+A lone request is committed at once. Where the last group had several, more are sure to come: those
+just answered send their next. Waiting 2 ms for them nearly doubles the groups, and a transaction
+costs as much as ten rows in it.
 """
 
 from __future__ import annotations
 
+import queue
 import threading
-from collections import deque
+import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as Late
 from typing import Generic, TypeVar
+
+#: How long a busy committer lets the next group gather.
+GATHER_S = 0.002
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+
+class _Waiter(Generic[T, R]):
+    """One who waits. A bare lock, because a `Future` costs as much as checking a signature."""
+
+    __slots__ = ("_answered", "error", "item", "result")
+
+    def __init__(self, item: T) -> None:
+        self.item = item
+        self.result: R | None = None
+        self.error: BaseException | None = None
+        self._answered = threading.Lock()
+        self._answered.acquire()
+
+    def answer(self, result: R | None, error: BaseException | None = None) -> None:
+        self.result, self.error = result, error
+        self._answered.release()
+
+    def wait(self, timeout_s: float) -> bool:
+        """Whether the answer came in time."""
+        return self._answered.acquire(timeout=timeout_s)
 
 
 class GroupCommitter(Generic[T, R]):
@@ -34,8 +60,8 @@ class GroupCommitter(Generic[T, R]):
         hopeless: Callable[[BaseException], bool] = lambda error: False,
     ) -> None:
         self._apply, self._limit, self._hopeless = apply, limit, hopeless
-        self._waiting: deque[tuple[T, Future[R]]] = deque()
-        self._arrived = threading.Condition()
+        self._waiting: queue.SimpleQueue[_Waiter[T, R]] = queue.SimpleQueue()
+        self._starting = threading.Lock()
         self._thread: threading.Thread | None = None
 
     def submit(self, item: T, *, timeout_s: float) -> R:
@@ -45,40 +71,48 @@ class GroupCommitter(Generic[T, R]):
             TimeoutError: not within `timeout_s`; it may still be committed.
             Exception: whatever `apply` raised for it.
         """
-        future: Future[R] = Future()
-        with self._arrived:
+        if self._thread is None:
+            self._start()
+        waiter: _Waiter[T, R] = _Waiter(item)
+        self._waiting.put(waiter)
+        if not waiter.wait(timeout_s):
+            raise TimeoutError("the commit takes too long")
+        if waiter.error is not None:
+            raise waiter.error
+        return waiter.result  # type: ignore[return-value]  # None only beside an error
+
+    def waiting(self) -> int:
+        """How many are not taken into a transaction yet."""
+        return self._waiting.qsize()
+
+    def _start(self) -> None:
+        # At the first need, not before: the server may fork in between.
+        with self._starting:
             if self._thread is None:
-                # At the first need, not before: the server may fork in between.
                 self._thread = threading.Thread(target=self._run, name="committer", daemon=True)
                 self._thread.start()
-            self._waiting.append((item, future))
-            self._arrived.notify()
-        try:
-            return future.result(timeout_s)
-        except Late:
-            if future.done():
-                raise
-            raise TimeoutError("the commit takes too long") from None
 
     def _run(self) -> None:
+        busy = False
         while True:
-            with self._arrived:
-                while not self._waiting:
-                    self._arrived.wait()
-                size = min(len(self._waiting), self._limit)
-                group = [self._waiting.popleft() for _ in range(size)]
+            group = [self._waiting.get()]
+            if busy:
+                time.sleep(GATHER_S)
+            while len(group) < self._limit and not self._waiting.empty():
+                group.append(self._waiting.get())  # nobody else takes from it
+            busy = len(group) > 1
             self._settle(group)
 
-    def _settle(self, group: list[tuple[T, Future[R]]]) -> None:
+    def _settle(self, group: list[_Waiter[T, R]]) -> None:
         try:
-            results = self._apply([item for item, _ in group])
+            results = self._apply([waiter.item for waiter in group])
         except Exception as error:  # noqa: BLE001 -- handed over to those who wait
             if len(group) == 1 or self._hopeless(error):
-                for _, future in group:
-                    future.set_exception(error)
+                for waiter in group:
+                    waiter.answer(None, error)
                 return
-            for one in group:
-                self._settle([one])
+            for waiter in group:
+                self._settle([waiter])
             return
-        for (_, future), result in zip(group, results, strict=True):
-            future.set_result(result)
+        for waiter, result in zip(group, results, strict=True):
+            waiter.answer(result)

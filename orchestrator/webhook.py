@@ -7,6 +7,7 @@ traffic and needs nothing of Flask: two thirds of a request's time would go ther
 from __future__ import annotations
 
 import re
+import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
@@ -16,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from gpu_agent import wire
 from infra import logs
 from orchestrator.api import problems
-from orchestrator.api.ids import new_id
 from orchestrator.attempt_auth import AttemptAuth
 from orchestrator.group_commit import GroupCommitter
 from orchestrator.metrics import Metrics
@@ -69,10 +69,10 @@ def signed_headers(environ: Mapping[str, Any]) -> dict[str, str]:
     return {name: environ.get(key, "") for name, key in _HEADERS.items()}
 
 
-def request_id(environ: Mapping[str, Any], now: Callable[[], datetime]) -> str:
+def request_id(environ: Mapping[str, Any]) -> str:
     """The caller's `X-Request-Id` where it is a decent one, else a new one."""
     given = environ.get("HTTP_X_REQUEST_ID", "")
-    return given if _REQUEST_ID.fullmatch(given) else new_id("req", now())
+    return given if _REQUEST_ID.fullmatch(given) else f"req_{secrets.token_hex(10)}"
 
 
 class ReportTaker:
@@ -110,17 +110,15 @@ class Receiver:
         auth: AttemptAuth,
         taker: ReportTaker,
         metrics: Metrics,
-        clock: Callable[[], datetime],
     ) -> None:
-        self._app, self._auth, self._taker = app, auth, taker
-        self._metrics, self._clock = metrics, clock
+        self._app, self._auth, self._taker, self._metrics = app, auth, taker, metrics
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         found = _PATH.fullmatch(environ["PATH_INFO"])
         if found is None:
             return self._app(environ, start_response)
         began = time.perf_counter()
-        name = request_id(environ, self._clock)
+        name = request_id(environ)
         headers = {"Content-Type": "application/json"}
         try:
             if environ["REQUEST_METHOD"] != "POST":

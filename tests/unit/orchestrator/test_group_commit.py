@@ -32,7 +32,7 @@ def test_those_who_wait_are_committed_together_in_order() -> None:
         answers = [pool.submit(committer.submit, 0, timeout_s=10)]
         assert first.wait(10)
         answers += [pool.submit(committer.submit, item, timeout_s=10) for item in range(1, 8)]
-        while len(committer._waiting) < 7:
+        while committer.waiting() < 7:
             threading.Event().wait(0.001)
         held.set()
         assert [answer.result() for answer in answers] == list(range(8))
@@ -68,7 +68,7 @@ def test_what_is_hopeless_is_not_tried_one_by_one() -> None:
     committer = GroupCommitter(apply, hopeless=lambda error: isinstance(error, ConnectionError))
     with ThreadPoolExecutor(5) as pool:
         answers = [pool.submit(committer.submit, item, timeout_s=10) for item in range(5)]
-        while len(committer._waiting) + sum(calls) < 5:
+        while committer.waiting() + sum(calls) < 5:
             threading.Event().wait(0.001)
         held.set()
         for answer in answers:

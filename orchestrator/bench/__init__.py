@@ -1,0 +1,1 @@
+"""What this machine can do, measured beside the limits that it was measured against."""
