@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from gpu_agent.lora.errors import DatasetError, JobError, ModelError
+from gpu_agent.lora.errors import DatasetError, JobError, ModelError, TrainingError
 from gpu_agent.lora.talk import Orders
 
 RECIPE = {
@@ -304,3 +304,12 @@ def test_a_diffusers_folder_trains_like_the_single_file(workshop, base):
     one, _ = workshop.train(workshop.job("file", **recipe))
     two, _ = workshop.train(workshop.job("folder", base=folder, **recipe))
     assert result(one) == result(two)
+
+
+def test_a_learning_rate_that_explodes_is_told_as_such(workshop):
+    recipe = {"steps": 40, "learning_rate": 10.0, "alpha": 1024.0, "validation_every": 40}
+    with pytest.raises(TrainingError, match="lower learning rate") as caught:
+        workshop.train(workshop.job(targets="full", **recipe))
+    assert caught.value.code == "training.diverged"
+    assert not caught.value.retryable
+    assert not (workshop.folder / "job" / "out" / "lora.safetensors").exists()
