@@ -1,10 +1,10 @@
 """`state.store.Store` on PostgreSQL.
 
 Every transaction begins with its own BEGIN, which is also the question whether the pooled
-connection still lives: when the database was restarted meanwhile, the answer is a fresh pool and
-one more try, before anything was done that could be lost.
+connection still lives: when the database was restarted meanwhile, the answer is another connection,
+before anything was done that could be lost.
 
-Rows in numbers go out as one pipeline, so that a hundred of them cost one round trip.
+Rows in numbers go out as one statement, so that a hundred of them cost one round trip.
 """
 
 from __future__ import annotations
@@ -73,6 +73,7 @@ class SqlStore:
         self._make_engine = partial(
             make_engine, database_url, pool_size=pool_size, statement_timeout=statement_timeout
         )
+        self._pool_size = pool_size
         self._attempts = codecs.attempts(box)
         self._box = box
         self._guard = threading.Lock()
@@ -116,20 +117,21 @@ class SqlStore:
 
     def _begin(self) -> Connection:
         engine = self._own_engine()
-        connection = engine.connect()
-        try:
-            _say(_raw(connection), b"BEGIN")
-        except psycopg.OperationalError:
-            # whatever ended this connection has most likely ended all that are in the pool
-            connection.invalidate()
-            connection.close()
-            engine.dispose()
+        # each failure takes one dead connection out of the pool; then comes a fresh one
+        for _ in range(self._pool_size):
             connection = engine.connect()
-            _say(_raw(connection), b"BEGIN")
-        except BaseException:
-            connection.invalidate()
-            connection.close()
-            raise
+            try:
+                _say(_raw(connection), b"BEGIN")
+                return connection
+            except psycopg.OperationalError:
+                connection.invalidate()
+                connection.close()
+            except BaseException:
+                connection.invalidate()
+                connection.close()
+                raise
+        connection = engine.connect()
+        _say(_raw(connection), b"BEGIN")
         return connection
 
 
