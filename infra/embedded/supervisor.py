@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, cast
@@ -17,6 +18,8 @@ from infra.embedded.program import Program
 _READY_S = 60.0
 _CLOSE_S = 30.0
 _POLL_S = 0.05
+#: so many ends before it was ready, and it is given up
+_ENDS = 4
 
 
 class Supervisor:
@@ -41,6 +44,7 @@ class Supervisor:
         self._changed = threading.Condition()
         self._alive: dict[str, int] = {}
         self._ended: dict[str, dict[str, Any]] = {}
+        self._ends: Counter[str] = Counter()
         self._listener = threading.Thread(target=self._listen, name="supervisor", daemon=True)
         self._listener.start()
 
@@ -67,12 +71,18 @@ class Supervisor:
             raise self._failed(program)
 
     def until(self, program: Program, ready: Callable[[], bool]) -> None:
-        """Wait until a launched program is ready. Raises: EmbeddedError, when it ended instead."""
+        """Wait until a launched program is ready.
+
+        It may end and be started again a few times: files or a port may still be held by its
+        predecessor, which is just ending.
+
+        Raises: EmbeddedError, when it does not become ready.
+        """
         deadline = time.monotonic() + _READY_S
         while not ready():
             with self._changed:
-                dead = program.name in self._ended
-            if dead or time.monotonic() > deadline:
+                ends = self._ends[program.name]
+            if ends >= _ENDS or time.monotonic() > deadline:
                 raise self._failed(program)
             time.sleep(_POLL_S)
 
@@ -108,6 +118,7 @@ class Supervisor:
                 else:
                     self._alive.pop(line["name"], None)
                     self._ended[line["name"]] = line
+                    self._ends[line["name"]] += 1
                 self._changed.notify_all()
 
 
