@@ -60,8 +60,9 @@ def upload_key(dataset_id: str, index: int) -> str:
     return f"datasets/{dataset_id}/uploads/{index:05d}"
 
 
-def zip_key(dataset_id: str) -> str:
-    return f"datasets/{dataset_id}/dataset.zip"
+def zip_key(dataset_id: str, sha256: str) -> str:
+    """Named by its content: of two builders at once, neither can spoil the other's zip."""
+    return f"datasets/{dataset_id}/{sha256}.zip"
 
 
 @dataclass
@@ -93,8 +94,9 @@ class DatasetBuilder:
     def build(self, dataset_id: str) -> list[str]:
         """Build the zip of a sealed dataset; ids of the jobs that it moved.
 
-        Building twice is harmless: the zip's key is fixed and its bytes depend on the images
-        alone. Storage that cannot be reached raises, and the dataset stays due.
+        Building twice, also at the same time, is harmless: the first to commit decides, and the
+        uploads go only after that. Storage that cannot be reached raises, and the dataset stays
+        due.
         """
         with self.store.transaction() as tx:
             try:
@@ -107,9 +109,13 @@ class DatasetBuilder:
             built = self._built(dataset, Path(folder))
         now = self.clock()
         with self.store.transaction() as tx:
-            if tx.dataset(dataset_id, lock=True).status is not DatasetStatus.BUILDING:
-                return []
-            jobs = record.dataset_built(tx, built, now, self.rules)
+            stored = tx.dataset(dataset_id, lock=True)
+            first = stored.status is DatasetStatus.BUILDING
+            jobs = record.dataset_built(tx, built, now, self.rules) if first else []
+        if not first:
+            if built.zip_key and built.zip_key != stored.zip_key:
+                self.storage.delete(built.zip_key)
+            return []
         self.storage.delete_prefix(f"datasets/{dataset_id}/uploads/")
         return [job.id for job in jobs]
 
@@ -126,7 +132,7 @@ class DatasetBuilder:
             return dataset.evolve(status=DatasetStatus.REFUSED, report=report)
         with target.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        key = zip_key(dataset.id)
+        key = zip_key(dataset.id, digest)
         self.storage.put_file(key, target, content_type="application/zip")
         return dataset.evolve(
             status=DatasetStatus.READY,

@@ -16,7 +16,7 @@ from state.events import Dataset, DatasetStatus
 from state.job import JobRequest, Status
 from state.memory import MemoryStore
 from state.record import create_job
-from tasks.dataset import DatasetBuilder, upload_key, zip_key
+from tasks.dataset import DatasetBuilder, upload_key
 
 
 def photo(side: int = 300, colour: str = "red", kind: str = "JPEG") -> bytes:
@@ -74,8 +74,12 @@ class Shop:
             return tx.dataset("ds_1")
 
     def names(self) -> list[str]:
-        with zipfile.ZipFile(io.BytesIO(self.storage.objects[zip_key("ds_1")])) as archive:
+        with zipfile.ZipFile(io.BytesIO(self.zip())) as archive:
             return archive.namelist()
+
+    def zip(self) -> bytes:
+        with self.store.transaction() as tx:
+            return self.storage.objects[tx.dataset("ds_1").zip_key]
 
     def job_status(self) -> Status:
         with self.store.transaction() as tx:
@@ -91,13 +95,13 @@ def test_photographs_and_captions_become_a_zip_and_the_job_moves_on(shop: Shop) 
     dataset = shop.build(("a.jpg", photo()), ("b.png", photo(kind="PNG")), ("a.txt", b"a dog"))
     assert dataset.status is DatasetStatus.READY
     assert shop.names() == ["00000.jpg", "00001.png", "00000.txt"]
-    body = shop.storage.objects[zip_key("ds_1")]
+    body = shop.zip()
     assert (dataset.zip_bytes, dataset.zip_sha256) == (
         len(body),
         hashlib.sha256(body).hexdigest(),
     )
     assert shop.job_status() is Status.PENDING_GPU
-    assert list(shop.storage.objects) == [zip_key("ds_1")]
+    assert list(shop.storage.objects) == [dataset.zip_key]
 
 
 def test_a_zip_is_taken_apart_and_litter_is_left_out(shop: Shop) -> None:
@@ -206,3 +210,22 @@ def test_building_twice_makes_the_same_bytes(shop: Shop) -> None:
     shop.clock.advance(1000)
     second = other.build(("a.jpg", photo()), ("b.jpg", photo(301)))
     assert first.zip_sha256 == second.zip_sha256
+
+
+def test_two_builders_at_once_leave_one_whole_zip(shop: Shop) -> None:
+    """The second reads while the first finishes and takes the uploads away."""
+    taken = shop.storage.get_file
+    calls = []
+
+    def interrupted(key: str, path: Any) -> None:
+        calls.append(key)
+        if len(calls) == 2:
+            builder = DatasetBuilder(store=shop.store, storage=shop.storage, clock=shop.clock)
+            builder.build("ds_1")
+        taken(key, path)
+
+    shop.storage.get_file = interrupted
+    dataset = shop.build(("a.jpg", photo()), ("b.jpg", photo(301)), ("c.jpg", photo(302)))
+    assert len(dataset.report["kept"]) == 3
+    assert list(shop.storage.objects) == [dataset.zip_key]
+    assert hashlib.sha256(shop.zip()).hexdigest() == dataset.zip_sha256
