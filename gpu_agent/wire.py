@@ -92,7 +92,9 @@ class Order(enum.StrEnum):
 
 def _loads(body: bytes, what: str) -> dict[str, Any]:
     try:
-        value = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant)
+        value = json.loads(
+            body.decode("utf-8"), parse_constant=_refuse_constant, parse_float=_finite
+        )
     except (ValueError, RecursionError) as error:
         raise WireError(f"{what} is not JSON: {error}") from None
     if not isinstance(value, dict):
@@ -102,6 +104,13 @@ def _loads(body: bytes, what: str) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is not JSON")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:20]} is beyond all numbers")
+    return number
 
 
 def _text(value: Mapping[str, Any], key: str, *, limit: int = 4096) -> str:

@@ -120,6 +120,14 @@ def test_a_report_that_no_agent_writes_is_refused(key, value):
         Report.from_bytes(json.dumps({**json.loads(REPORT), key: value}).encode())
 
 
+@pytest.mark.parametrize("number", [b"1e999", b"-1e999", b"NaN", b"Infinity"])
+def test_a_report_with_a_number_beyond_numbers_is_refused(number):
+    body = REPORT.replace(b'"data":{', b'"data":{"loss":' + number + b",", 1)
+    assert number in body
+    with pytest.raises(WireError):
+        Report.from_bytes(body)
+
+
 def test_a_report_cut_anywhere_is_refused():
     for length in range(len(REPORT)):
         with pytest.raises(WireError):
