@@ -206,6 +206,26 @@ def test_servers_that_settings_name_are_not_started(data_dir: Path) -> None:
         assert servers.settings.secret_keys == ()
 
 
+def test_stand_in_carries_messages_where_there_is_no_redis(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("infra.embedded.redis.find", lambda: None)
+    settings = Settings(
+        data_dir=tmp_path,
+        database_url=Secret("postgresql://db"),
+        s3_endpoint="https://s3.example",
+    )
+    with embedded.start(settings) as servers:
+        url = servers.settings.redis_url.reveal()
+        with redis.Redis.from_url(url) as sender, redis.Redis.from_url(url) as receiver:
+            sender.lpush("wake", "job")
+            assert receiver.brpop(["wake"], timeout=5) == (b"wake", b"job")
+            assert sender.eval("return redis.call('incr', 'n')", 0) == 1
+        pid = servers.pids["redis"]
+    assert not is_alive(pid)
+    assert "stand-in" in caplog.text
+
+
 def test_full_disk_and_bad_folder_are_said_before_anything_starts(tmp_path: Path) -> None:
     with pytest.raises(embedded.EmbeddedError, match="nearly full"):
         embedded.start(Settings(data_dir=tmp_path / "a"), needed_bytes=10**18)
