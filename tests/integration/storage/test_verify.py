@@ -56,5 +56,14 @@ def test_pickle_and_runaway_numbers_are_refused(storage: Storage, folder: str) -
 def test_weights_that_were_never_uploaded_are_not_found(storage: Storage, folder: str) -> None:
     with pytest.raises(NotFound):
         storage.verify_safetensors(folder + "none", bytes=1, sha256="0" * 64)
+    storage.put_bytes(folder + "w", b"x")
     with pytest.raises(StorageError, match="no SHA-256"):
-        storage.verify_safetensors(folder + "none", bytes=1, sha256="garbage")
+        storage.verify(folder + "w", bytes=1, sha256="garbage")
+
+
+def test_any_other_file_is_compared_by_size_and_checksum(storage: Storage, folder: str) -> None:
+    storage.put_bytes(folder + "loss.csv", b"1,2,3")
+    storage.verify(folder + "loss.csv", bytes=5, sha256=sha256(b"1,2,3"))
+    with pytest.raises(StorageError) as caught:
+        storage.verify(folder + "loss.csv", bytes=5, sha256=sha256(b"1,2,4"))
+    assert caught.value.code == "weights_checksum"
