@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,8 @@ from orchestrator.app import create_app
 from orchestrator.checks import ready_checks
 from orchestrator.deps import Deps
 from tasks.app import wake
+from tasks.life import live
+from tasks.reconcile import RECEIVER
 
 if TYPE_CHECKING:
     from flask import Flask
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
 def make_app() -> Flask:
     """The WSGI application of this process."""
     have = services()
+    live(have.store, have.clock, RECEIVER, threading.Event())
     shared = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
     return create_app(
         Deps(

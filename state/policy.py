@@ -8,7 +8,8 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
+from typing import Any
 
 from gpu_agent.wire import Fact
 from state.events import HostRecord
@@ -52,6 +53,10 @@ class Policy:
 
 
 DEFAULT = Policy()
+#: Processes give a sign of life at least so often; a longer gap is a break.
+LIFE_GAP = timedelta(seconds=20)
+#: `since` for those who know of no time at which nobody listened.
+ALWAYS = datetime.min.replace(tzinfo=UTC)
 
 
 # --- the next step of a job -------------------------------------------------------------------
@@ -76,8 +81,14 @@ class Decision:
     reason: Reason | None = None
 
 
-def decide(job: Job, now: datetime, policy: Policy = DEFAULT) -> Decision:
-    """The one step that `job` needs at `now`."""
+def decide(
+    job: Job, now: datetime, policy: Policy = DEFAULT, *, since: datetime = ALWAYS
+) -> Decision:
+    """The one step that `job` needs at `now`.
+
+    `since` is how long agents could be heard without a break: an agent that spoke to a server
+    that was down has not been silent.
+    """
     if job.terminal:
         return Decision(step=Step.WAIT)
     if job.status is Status.STALLED:
@@ -86,7 +97,7 @@ def decide(job: Job, now: datetime, policy: Policy = DEFAULT) -> Decision:
         return Decision(step=Step.WAIT, at=job.retry_at)
     if job.deadline_at is not None and now >= job.deadline_at:
         return Decision(step=Step.STALL, reason=_overdue(job, policy))
-    silent_at = silent_from(job, policy)
+    silent_at = silent_from(job, policy, since)
     if silent_at is not None and now >= silent_at:
         message = f"the agent was not heard for {_words(policy.silence)}"
         return Decision(step=Step.STALL, reason=Reason(code="agent.silent", message=message))
@@ -94,7 +105,7 @@ def decide(job: Job, now: datetime, policy: Policy = DEFAULT) -> Decision:
         return Decision(step=Step.ALLOCATE)
     if to_verify(job):
         return Decision(step=Step.VERIFY)
-    return Decision(step=Step.WAIT, at=next_look(job, policy))
+    return Decision(step=Step.WAIT, at=next_look(job, policy, since))
 
 
 def to_verify(job: Job) -> bool:
@@ -106,20 +117,38 @@ def to_verify(job: Job) -> bool:
     )
 
 
-def silent_from(job: Job, policy: Policy = DEFAULT) -> datetime | None:
+def silent_from(job: Job, policy: Policy = DEFAULT, since: datetime = ALWAYS) -> datetime | None:
     """When the agent counts as silent; never while the server itself verifies its upload."""
     if not job.active or job.last_heard_at is None or to_verify(job):
         return None
-    return job.last_heard_at + policy.silence
+    return max(job.last_heard_at, since) + policy.silence
 
 
-def next_look(job: Job, policy: Policy = DEFAULT) -> datetime | None:
+def listening_since(heard: tuple[datetime, Mapping[str, Any]] | None, now: datetime) -> datetime:
+    """Since when reports could come in without a break, by the receivers' latest sign of life.
+
+    Without a fresh one nobody listens, and silence means nothing: the answer is `now`.
+    """
+    if heard is None or now - heard[0] > LIFE_GAP:
+        return now
+    return datetime.fromisoformat(heard[1]["since"])
+
+
+def sign_of_life(
+    heard: tuple[datetime, Mapping[str, Any]] | None, now: datetime
+) -> Mapping[str, Any]:
+    """What a process that lives at `now` writes beside the time: since when, without a break."""
+    return {"since": min(now, listening_since(heard, now)).isoformat()}
+
+
+def next_look(job: Job, policy: Policy = DEFAULT, since: datetime = ALWAYS) -> datetime | None:
     """When somebody must look at `job` again if nothing is heard of it."""
     if job.terminal:
         return None
     if job.status is Status.STALLED:
         return job.retry_at
-    times = [at for at in (job.deadline_at, silent_from(job, policy)) if at is not None]
+    silent_at = silent_from(job, policy, since)
+    times = [at for at in (job.deadline_at, silent_at) if at is not None]
     return min(times, default=None)
 
 

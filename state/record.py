@@ -89,8 +89,12 @@ class _Pen:
         self._outgoing: list[Outgoing] = []
         self._wake: dict[str, set[str]] = {}
 
-    def wake(self, job_id: str) -> tuple[str, ...]:
+    def woken(self, job_id: str) -> tuple[str, ...]:
+        """The tasks to wake for a job once this is committed."""
         return tuple(sorted(self._wake.get(job_id, ())))
+
+    def wake(self, job: Job, task: str) -> None:
+        self._wake.setdefault(job.id, set()).add(task)
 
     def note(
         self, job: Job, kind: str, data: Mapping[str, Any], report: Report | None = None
@@ -139,7 +143,7 @@ class _Pen:
                 due_at=self.now,
             )
         )
-        self._wake.setdefault(job.id, set()).add("relay")
+        self.wake(job, "relay")
         return job
 
     def passed(self, job: Job, transitions: Iterable[Transition]) -> Job:
@@ -164,9 +168,8 @@ class _Pen:
     def _entered(self, job: Job, target: Status) -> Job:
         span = self.rules.deadlines.get(target)
         job = job.evolve(deadline_at=self.now + span if span else None)
-        wake = self._wake.setdefault(job.id, set())
         if target is Status.PENDING_GPU:
-            wake.add("allocate")
+            self.wake(job, "allocate")
             # Due now: if the wake-up is lost, the reconcile pass finds it.
             return job.evolve(due_at=self.now)
         if target not in ACTIVE and target is not Status.PENDING:
@@ -179,7 +182,7 @@ class _Pen:
             if lease.open and lease.status is not LeaseStatus.RELEASING:
                 changes = {"why": why, "releasing_at": self.now, "due_at": self.now, "tries": 0}
                 self.tx.save_lease(lease.to(LeaseStatus.RELEASING, **changes))
-                self._wake.setdefault(job.id, set()).add("deallocate")
+                self.wake(job, "deallocate")
 
     def stall(self, job: Job, reason: Reason) -> Job:
         """Stall, and fail at once when no retry will come."""
@@ -255,7 +258,7 @@ def take_reports(
                 jobs[job.id] = job
     pen.flush(jobs[job_id] for job_id in sorted(touched))
     return [
-        Taken(outcome, orders, pen.wake(report.job) if outcome is Outcome.APPLIED else ())
+        Taken(outcome, orders, pen.woken(report.job) if outcome is Outcome.APPLIED else ())
         for (outcome, orders), report in zip(outcomes, reports, strict=True)
     ]
 
@@ -278,7 +281,7 @@ def _take(pen: _Pen, job: Job, report: Report) -> tuple[Job, Outcome, tuple[Orde
         job = pen.stall(job, _reason(report.data))
         orders = (Order.STOP,)
     elif policy.to_verify(job):
-        pen._wake.setdefault(job.id, set()).add("verify")
+        pen.wake(job, "verify")
         job = job.evolve(due_at=pen.now)
     elif report.type is Fact.TRAINING_PROGRESS:
         job = _relay_progress(pen, job)

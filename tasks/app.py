@@ -19,13 +19,13 @@ from celery.signals import setup_logging, worker_ready, worker_shutting_down
 
 from infra import guard, logs
 from infra.wiring import Services, services
-from state.errors import StoreUnavailable
 from tasks import reconcile as passes
 from tasks.allocate import Renter, Terms
 from tasks.cleanup import cleanup as clean
 from tasks.dataset import DatasetBuilder
 from tasks.deallocate import Keeper
 from tasks.deallocate import sweep as sweep_account
+from tasks.life import live
 from tasks.relay import Answer, EndpointRefused, NoAnswer, Relay
 from tasks.schedule import EXPIRES_S
 from tasks.verify import Verifier
@@ -43,31 +43,18 @@ def _logging(**_: object) -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
-#: A worker says so often (seconds) that it lives, also while no task comes.
-SIGN_OF_LIFE_S = 5.0
 _over = threading.Event()
 
 
 @worker_ready.connect
 def _live(**_: object) -> None:
-    threading.Thread(target=_say_alive, name="sign-of-life", daemon=True).start()
+    have = services()
+    live(have.store, have.clock, "worker", _over)
 
 
 @worker_shutting_down.connect
 def _end(**_: object) -> None:
     _over.set()
-
-
-def _say_alive() -> None:
-    have = services()
-    while True:
-        try:
-            with have.store.transaction() as tx:
-                tx.beat("worker", have.clock())
-        except StoreUnavailable:
-            _log.warning("the database cannot be told that this worker lives")
-        if _over.wait(SIGN_OF_LIFE_S):
-            return
 
 
 def wake(task: str, ids: Sequence[str]) -> None:

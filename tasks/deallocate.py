@@ -50,7 +50,7 @@ class Keeper:
             return
         for lease in leases:
             if lease.status is LeaseStatus.RELEASING and lease.instance_id and not lease.absent:
-                self._destroy(lease.instance_id)
+                self.destroy(lease.instance_id)
         try:
             listed = self.provider.instances()
         except ProviderError as error:
@@ -73,7 +73,8 @@ class Keeper:
             tx.save_lease(lease)
         return lease if lease.open else None
 
-    def _destroy(self, instance_id: str) -> None:
+    def destroy(self, instance_id: str) -> None:
+        """Ask for an instance's end; whether it came is seen in the list, later."""
         try:
             self.provider.destroy(instance_id)
         except ProviderError as error:
@@ -101,7 +102,7 @@ class Keeper:
             elif lease.status is LeaseStatus.RELEASING:
                 surplus = self._look_for_end(tx, lease, mine, now)
         for instance in surplus:
-            self._destroy(instance.id)
+            self.destroy(instance.id)
 
     def _settle(
         self, tx: Transaction, lease: Lease, mine: Sequence[Instance], now: datetime
@@ -204,7 +205,7 @@ def sweep(keeper: Keeper, deployment: str, *, dry_run: bool = False) -> Swept:
     if dry_run:
         return swept
     for instance_id in doomed:
-        keeper._destroy(instance_id)
+        keeper.destroy(instance_id)
     with keeper.store.transaction() as tx:
         tx.beat("sweep", now, {"suspects": [item.id for item in unowned], "seen": len(listed)})
     return swept

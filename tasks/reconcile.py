@@ -19,6 +19,8 @@ from state.store import Store, Transaction
 #: For so long a claimed row is left to whoever was woken for it; then it is due again.
 CLAIM = timedelta(seconds=30)
 BATCH = 200
+#: Under this name the receivers of reports give their sign of life.
+RECEIVER = "receiver"
 
 #: wake(task, subject ids): a message to a worker; losing it costs only latency.
 Wake = Callable[[str, Sequence[str]], None]
@@ -45,8 +47,9 @@ def reconcile(
     until = now + CLAIM
     with store.transaction() as tx:
         jobs = tx.claim_due_jobs(now, until, batch)
+        since = policy.listening_since(tx.beats().get(RECEIVER), now)
     for job in jobs:
-        for task in _look(store, job, now, rules):
+        for task in _look(store, job, now, rules, since):
             wake(task, [job.id])
     with store.transaction() as tx:
         leases = tx.claim_due_leases(now, until, batch)
@@ -63,9 +66,9 @@ def reconcile(
     return Pass(jobs=len(jobs), leases=len(leases), datasets=len(datasets), webhooks=len(webhooks))
 
 
-def _look(store: Store, job: Job, now: datetime, rules: Policy) -> tuple[str, ...]:
+def _look(store: Store, job: Job, now: datetime, rules: Policy, since: datetime) -> tuple[str, ...]:
     """Do the one step that `job` needs; the tasks to wake for it."""
-    step = policy.decide(job, now, rules).step
+    step = policy.decide(job, now, rules, since=since).step
     if step is Step.ALLOCATE:
         return ("allocate",)
     if step is Step.VERIFY:
@@ -73,7 +76,7 @@ def _look(store: Store, job: Job, now: datetime, rules: Policy) -> tuple[str, ..
     with store.transaction() as tx:
         # The claim showed the job as it was; under the lock it may have moved on.
         job = tx.job(job.id, lock=True)
-        decision = policy.decide(job, now, rules)
+        decision = policy.decide(job, now, rules, since=since)
         try:
             moved = _move(tx, job, decision, now, rules)
         except IllegalMove:

@@ -13,7 +13,7 @@ import pytest
 
 from gpu_agent.wire import Fact, Report
 from infra.provider_memory import MemoryProvider
-from state import record
+from state import policy, record
 from state.errors import NotFound, StorageError
 from state.events import Dataset, DatasetStatus, Secret
 from state.job import Job, JobRequest
@@ -22,7 +22,7 @@ from state.memory import MemoryStore
 from state.offer import Offer
 from tasks.allocate import Renter, Terms
 from tasks.deallocate import Keeper
-from tasks.reconcile import reconcile
+from tasks.reconcile import RECEIVER, reconcile
 
 
 class Clock(Protocol):
@@ -66,6 +66,7 @@ class World:
         )
     )
     numbers: dict[str, int] = field(default_factory=dict)
+    receiver_up: bool = True
 
     @property
     def renter(self) -> Renter:
@@ -137,7 +138,11 @@ class World:
 
     def tick(self, seconds: float = 1.0) -> None:
         """Let time pass, reconcile once, and run what it woke."""
-        self.clock.advance(seconds)
+        now = self.clock.advance(seconds)
+        if self.receiver_up:
+            with self.store.transaction() as tx:
+                said = policy.sign_of_life(tx.beats().get(RECEIVER), now)
+                tx.beat(RECEIVER, now, said)
         woken: list[tuple[str, Sequence[str]]] = []
         reconcile(self.store, lambda task, ids: woken.append((task, list(ids))), self.clock())
         for task, ids in woken:

@@ -291,6 +291,22 @@ def test_a_silent_agent_stalls_within_a_minute_and_its_machine_goes(world: Any) 
     assert [item.spec.label.split("-")[0] for item in world.provider.running()] == ["test/job_1/2"]
 
 
+def test_agents_that_spoke_to_a_server_that_was_down_were_not_silent(world: Any) -> None:
+    world.add_job()
+    world.tick()
+    world.report(Fact.GPU_READY)
+    world.receiver_up = False
+    for _ in range(300):
+        world.tick()
+    world.receiver_up = True
+    for _ in range(40):
+        world.tick()
+    assert world.job().status is Status.PENDING_IMAGES
+    for _ in range(10):
+        world.tick()
+    assert world.job().excluded_machines == ("m1",)
+
+
 def test_an_error_that_cannot_be_retried_fails_at_once(world: Any) -> None:
     world.add_job()
     world.tick()
