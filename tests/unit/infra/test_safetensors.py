@@ -44,7 +44,10 @@ def test_file_of_the_reference_library_is_read() -> None:
     safetensors = pytest.importorskip("safetensors.numpy")
     numpy = pytest.importorskip("numpy")
     file = safetensors.save(
-        {"x": numpy.arange(12, dtype="float32").reshape(3, 4), "scalar": numpy.array(2.0, dtype="float16")},
+        {
+            "x": numpy.arange(12, dtype="float32").reshape(3, 4),
+            "scalar": numpy.array(2.0, dtype="float16"),
+        },
         metadata={"ss_network_dim": "8"},
     )
     weights = read(file)
