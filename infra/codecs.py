@@ -231,11 +231,46 @@ def job_to_row(job: Job) -> Row:
 
 def job_changes(job: Job) -> Row:
     """The id and the columns that can change, for a `document`."""
-    row = {name: value for name, value in vars(job).items() if name not in JOB_CONSTANTS}
+    return _job_columns(job, _CHANGING)
+
+
+def job_news(job: Job) -> Row:
+    """As `job_changes`, of a job in which `only_news` differ."""
+    return _job_columns(job, _NEWS)
+
+
+_CHANGING = ("id", *(name for name in JOBS.names if name not in JOB_CONSTANTS))
+#: What nearly every report changes, and nothing else. Listed, so that there are two statements
+#: and not one for each set of columns.
+_NEWS = ("id", "seq", "owed", "last_heard_at", "due_at", "orders", "progress")
+_NO_NEWS = tuple(name for name in JOBS.names if name not in _NEWS)
+
+
+def only_news(before: Job, job: Job) -> bool:
+    """Whether `job` differs from `before` in nothing but what an ordinary report changes."""
+    old, new = vars(before), vars(job)
+    return all(old[name] is new[name] or old[name] == new[name] for name in _NO_NEWS)
+
+
+def _job_columns(job: Job, names: tuple[str, ...]) -> Row:
+    row = {name: getattr(job, name) for name in names}
     for name, convert in JOBS.write.items():
         if name in row and convert is not jsonb:
             row[name] = convert(row[name])
-    return row | {"id": job.id}
+    return row
+
+
+def job_of(row: Sequence[Any], request: JobRequest) -> Job:
+    """The job of a row without its request, which never changes and is known already."""
+    given = dict(zip(JOB_NAMES, row, strict=True))
+    for name, convert in JOBS.read.items():
+        if name in given:
+            given[name] = convert(given[name])
+    return Job(**given, request=request)
+
+
+request_of = _request_from_json
+JOB_NAMES = tuple(name for name in JOBS.names if name != "request")
 
 
 # --- everything else --------------------------------------------------------------------------

@@ -184,10 +184,17 @@ def _first_waiting() -> CTE:
 
 @cache
 def jobs_by_id(*, lock: bool) -> Sql:
-    statement = select(*codecs.JOBS.columns).where(_one_of(jobs.c.id, "ids"))
+    """Without their requests."""
+    names = codecs.JOB_NAMES
+    statement = select(*(jobs.c[name] for name in names)).where(_one_of(jobs.c.id, "ids"))
     # locked in this order
     statement = statement.order_by(jobs.c.id)
     return _sql(statement.with_for_update() if lock else statement)
+
+
+@cache
+def requests_by_id() -> Sql:
+    return _sql(select(jobs.c.id, jobs.c.request).where(_one_of(jobs.c.id, "ids")))
 
 
 @cache

@@ -40,7 +40,7 @@ from state.events import (
     Outgoing,
     Secret,
 )
-from state.job import Job, Status
+from state.job import Job, JobRequest, Status
 from state.lease import Lease
 
 T = TypeVar("T")
@@ -75,6 +75,7 @@ class SqlStore:
         )
         self._pool_size = pool_size
         self._attempts = codecs.attempts(box)
+        self._requests = RequestCache()
         self._box = box
         self._guard = threading.Lock()
         self._engine = self._make_engine()
@@ -93,7 +94,7 @@ class SqlStore:
             connection = self._begin()
             raw = _raw(connection)
             try:
-                yield SqlTransaction(connection, raw, self._box, self._attempts)
+                yield SqlTransaction(connection, raw, self._box, self._attempts, self._requests)
                 _commit(raw)
             except BaseException:
                 _roll_back(connection, raw)
@@ -168,6 +169,24 @@ def _roll_back(connection: Connection, raw: psycopg.Connection[Any]) -> None:
     connection.invalidate()
 
 
+class RequestCache:
+    """The requests of jobs that this process met lately. They never change."""
+
+    LIMIT = 10_000
+
+    def __init__(self) -> None:
+        self._requests: dict[str, JobRequest] = {}
+
+    def known(self, ids: Collection[str]) -> dict[str, JobRequest]:
+        requests = self._requests
+        return {job_id: requests[job_id] for job_id in ids if job_id in requests}
+
+    def keep(self, fresh: Mapping[str, JobRequest]) -> None:
+        # A new dictionary instead of a lock: who reads meanwhile sees the old one.
+        kept = self._requests if len(self._requests) < self.LIMIT else {}
+        self._requests = {**kept, **fresh}
+
+
 class SqlTransaction:
     """One transaction of an `SqlStore`. See `state.store.Transaction` for what each call means."""
 
@@ -177,8 +196,12 @@ class SqlTransaction:
         raw: psycopg.Connection[Any],
         box: SecretBox,
         attempts: Codec[Attempt],
+        requests: RequestCache,
     ) -> None:
         self._core, self._raw, self._box, self._attempts = core, raw, box, attempts
+        self._requests = requests
+        #: jobs as they were read and locked by this transaction: nobody else can have changed them
+        self._locked: dict[str, Job] = {}
 
     # running statements
 
@@ -278,18 +301,46 @@ class SqlTransaction:
 
     def jobs(self, ids: Collection[str], *, lock: bool = False) -> dict[str, Job]:
         found = self._read(statements.jobs_by_id(lock=lock), {"ids": list(ids)})
-        return {row[0]: codecs.JOBS.value(row) for row in found}
+        requests = self._requests_of([row[0] for row in found])
+        jobs = {row[0]: codecs.job_of(row, requests[row[0]]) for row in found}
+        if lock:
+            self._locked |= jobs
+        return jobs
+
+    def _requests_of(self, ids: Collection[str]) -> Mapping[str, JobRequest]:
+        """What was asked for: half of a job's row, and the half that never changes."""
+        requests = self._requests.known(ids)
+        missing = [job_id for job_id in ids if job_id not in requests]
+        if missing:
+            read = self._read(statements.requests_by_id(), {"ids": missing})
+            fresh = {job_id: codecs.request_of(stored) for job_id, stored in read}
+            self._requests.keep(fresh)
+            requests |= fresh
+        return requests
 
     def save_job(self, job: Job) -> None:
         self.save_jobs([job])
 
     def save_jobs(self, jobs: Sequence[Job]) -> None:
-        rows = list({job.id: codecs.job_changes(job) for job in jobs}.values())
+        news: list[Row] = []
+        rest: list[Row] = []
+        for job in {job.id: job for job in jobs}.values():
+            before = self._locked.get(job.id)
+            if before is not None and codecs.only_news(before, job):
+                news.append(codecs.job_news(job))
+            else:
+                rest.append(codecs.job_changes(job))
+                # what is stored is no longer what was read
+                self._locked.pop(job.id, None)
+        self._change_jobs(news)
+        self._change_jobs(rest)
+
+    def _change_jobs(self, rows: Sequence[Row]) -> None:
         if not rows:
             return
         sql = statements.change_all(schema.jobs, tuple(rows[0]))
         if self._run(sql, {"rows": codecs.document(rows)}).rowcount != len(rows):
-            raise NotFound(f"there is no job {jobs[0].id}" if len(jobs) == 1 else _SOME_MISSING)
+            raise NotFound(f"there is no job {rows[0]['id']}" if len(rows) == 1 else _SOME_MISSING)
 
     def list_jobs(
         self,
