@@ -7,10 +7,8 @@ Vast sandbox, whose rented machines are local processes; the real agent and a re
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
-import secrets
 import shutil
 import socket
 import subprocess
@@ -18,30 +16,24 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import requests
 import typer
 from PIL import Image
 from rich.console import Console
 
 from gpu_agent import wire
-from infra import embedded
 from infra.settings import Settings
 from infra.wiring import Services
 from orchestrator.cli.client import Client
 from orchestrator.cli.console import CliError, Exit, err, out, print_json
 from orchestrator.cli.follow import durations, follow
 from orchestrator.cli.jobs import fetch_results, photo_files, upload_dataset
-from orchestrator.cli.processes import beat_argv, program, web_argv, worker_argv
 from orchestrator.cli.receiver import Receiver
-from orchestrator.cli.servers import make_key, prepare
+from orchestrator.cli.stage import TINY_BASE, Stage
 from state import policy
 
-#: The demo's base: its version at the Civitai sandbox.
-TINY_BASE = "civitai:1"
 #: For a model of a few million parameters and a handful of photographs, on two cores.
 TINY_RECIPE: Mapping[str, Any] = {
     "steps": 100,
@@ -58,7 +50,6 @@ TINY_RECIPE: Mapping[str, Any] = {
 }
 SKIMAGE_PHOTOS = ("astronaut", "chelsea", "coffee", "rocket")
 NEEDED_BYTES = 2_000_000_000
-READY_S = 60.0
 END_S = 60.0
 STATES = ("pending", "pendingGpu", "pendingImages", "pendingModel", "training", "completed")
 
@@ -175,130 +166,6 @@ def skimage_photos(folder: Path) -> Path:
     return folder
 
 
-# --- what runs ----------------------------------------------------------------------------------
-
-
-@dataclass
-class Stage:
-    """Everything that the demo starts, and where it is."""
-
-    root: Path
-    port: int
-    show: Console
-    own_base: bool
-    pids: tuple[int, ...] = ()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    @property
-    def tiny(self) -> Path:
-        return self.root / "models" / "tiny.safetensors"
-
-    def start(self, stack: contextlib.ExitStack) -> tuple[Client, Services]:
-        """Start servers and processes; a client with a key of its own, and what is behind it."""
-        tiny = None if self.own_base else threading.Thread(target=self._make_tiny)
-        if tiny:
-            tiny.start()
-        settings = self._settings()
-        servers = stack.enter_context(embedded.start(settings, progress=self._say))
-        settings = servers.settings
-        prepare(settings)
-        if tiny:
-            self._say("tiny base model", "being made")
-            tiny.join()
-            if not self.tiny.exists():
-                raise CliError("the tiny base model was not made", _tail(self.root / "tiny.log"))
-        settings = self._with_sandbox(servers, settings)
-        for name, argv in (
-            ("web", web_argv(f"127.0.0.1:{self.port}")),
-            ("worker", worker_argv()),
-            ("beat", beat_argv()),
-        ):
-            servers.run(program(name, argv, settings))
-        services = Services(settings)
-        scopes = frozenset({"jobs:read", "jobs:write", "operator"})
-        key = make_key(services, owner="demo", name="demo", scopes=scopes)
-        self._until_ready(settings)
-        self.pids = tuple(servers.pids.values())
-        return Client(self.url, key), services
-
-    def _settings(self) -> Settings:
-        given = Settings.from_env()
-        blank = Settings()
-        return dataclasses.replace(
-            given,
-            deployment=f"demo-{secrets.token_hex(3)}",
-            data_dir=self.root,
-            database_url=blank.database_url,
-            redis_url=blank.redis_url,
-            s3_endpoint="",
-            s3_access_key="",
-            s3_secret_key=blank.s3_secret_key,
-            secret_keys=(),
-            public_url=self.url,
-            bind=f"127.0.0.1:{self.port}",
-            private_webhooks=True,
-            private_bases=not self.own_base,
-            vast_pace=0.0,
-            per_hour_limit=0,
-            per_day_limit=0,
-            kill_switch=False,
-        )
-
-    def _make_tiny(self) -> None:
-        self.tiny.parent.mkdir(parents=True)
-        (self.tiny.parent / "index.json").write_text(json.dumps({"1": self.tiny.name}))
-        with (self.root / "tiny.log").open("wb") as log:
-            subprocess.run(
-                [sys.executable, "-m", "gpu_agent.lora.tiny_base", str(self.tiny)],
-                stdout=log,
-                stderr=log,
-                check=False,
-                timeout=300,
-            )
-
-    def _with_sandbox(self, servers: embedded.Running, settings: Settings) -> Settings:
-        port = _free_port()
-        account, civitai = secrets.token_hex(16), secrets.token_hex(16)
-        argv = (
-            sys.executable, "-m", "infra.sandbox", "--port", str(port), "--boot", "1",
-            "--data-dir", str(self.root / "sandbox"), "--keep-logs",
-            *(() if self.own_base else ("--base-model-dir", str(self.tiny.parent))),
-        )  # fmt: skip
-        keys = {"SANDBOX_ACCOUNT_KEY": account, "SANDBOX_CIVITAI_KEY": civitai}
-        url = f"http://127.0.0.1:{port}"
-        servers.run(program("sandbox", argv, settings, keys))
-        secret = type(settings.vast_api_key)
-        changes: dict[str, Any] = {"vast_url": url, "vast_api_key": secret(account)}
-        if not self.own_base:
-            changes |= {"civitai_url": url, "civitai_api_key": secret(civitai)}
-        return dataclasses.replace(settings, **changes)
-
-    def _until_ready(self, settings: Settings) -> None:
-        self._say("web, worker, beat", "starting")
-        deadline = time.monotonic() + READY_S
-        while True:
-            with contextlib.suppress(requests.RequestException):
-                answer = requests.get(f"{self.url}/readyz", timeout=5)
-                if answer.status_code == 200:
-                    break
-            if time.monotonic() > deadline:
-                logs = settings.data_dir / "logs"
-                tails = "; ".join(f"{path.stem}: {_tail(path)}" for path in logs.glob("*.log"))
-                raise CliError("Stoker did not get ready", tails)
-            time.sleep(0.2)
-        self._say("web, worker, beat", "ready")
-
-    def _say(self, name: str, state: str) -> None:
-        self.show.print(f"  {name}: {state}", markup=False)
-
-    def left(self) -> list[int]:
-        """Processes that should be gone and are not."""
-        return [pid for pid in self.pids if Path(f"/proc/{pid}").exists()]
-
-
 @contextlib.contextmanager
 def _ending(stage: Stage) -> Iterator[None]:
     """Say that the end takes a moment, whatever the reason for it."""
@@ -307,20 +174,6 @@ def _ending(stage: Stage) -> Iterator[None]:
     except KeyboardInterrupt:
         stage.show.print("\nending everything that was started …", markup=False)
         raise
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _tail(path: Path) -> str:
-    try:
-        lines = path.read_text(errors="replace").strip().splitlines()
-    except OSError:
-        return ""
-    return lines[-1][:300] if lines else ""
 
 
 # --- the job ------------------------------------------------------------------------------------
