@@ -21,7 +21,7 @@ from orchestrator.deps import Deps
 from orchestrator.health import health
 from orchestrator.metrics import Metrics
 from orchestrator.waker import Waker
-from orchestrator.webhook import Receiver, ReportTaker, request_id
+from orchestrator.webhook import Receiver, ReportTaker, WsgiReceiver, request_id
 
 __all__ = ["Deps", "create_app"]
 
@@ -73,8 +73,8 @@ def create_app(deps: Deps) -> OpenAPI:
     app.register_api(jobs(deps, waker))
     app.register_blueprint(agent_api(deps, auth, waker))
     app.register_blueprint(health(deps, metrics, lambda: spec_of(app)))
-    taker = ReportTaker(deps.store, deps.clock, waker, metrics)
-    app.wsgi_app = Receiver(app.wsgi_app, auth, taker, metrics)  # type: ignore[method-assign]
+    receiver = Receiver(auth, ReportTaker(deps.store, deps.clock, waker, metrics), metrics)
+    app.wsgi_app = WsgiReceiver(app.wsgi_app, receiver)  # type: ignore[method-assign]
     return app
 
 
@@ -94,12 +94,12 @@ def _watch_requests(app: OpenAPI, metrics: Metrics) -> None:
     @app.before_request
     def begin() -> None:
         g.began = time.perf_counter()
-        g.request_id = request_id(request.environ)
+        g.request_id = request_id(request.headers.get("X-Request-Id", ""))
 
     @app.after_request
     def end(response: Response) -> Response:
         route = request.url_rule.rule if request.url_rule else "unmatched"
-        metrics.requests.labels(request.method, route, response.status_code).inc()
-        metrics.seconds.labels(route).observe(time.perf_counter() - g.began)
+        seconds = time.perf_counter() - g.began
+        metrics.answered(request.method, route, response.status_code, seconds)
         response.headers["X-Request-Id"] = g.request_id
         return response

@@ -14,7 +14,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 #: How long a busy committer lets the next group gather.
 GATHER_S = 0.002
@@ -23,8 +23,16 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-class _Waiter(Generic[T, R]):
-    """One who waits. A bare lock, because a `Future` costs as much as checking a signature."""
+class Waiter(Protocol[T, R]):
+    """One who waits for the outcome of its item. `answer` is called once, from another thread."""
+
+    @property
+    def item(self) -> T: ...
+    def answer(self, result: R | None, error: BaseException | None = None) -> None: ...
+
+
+class _Sleeper(Generic[T, R]):
+    """A thread that waits. A bare lock: a `Future` costs as much as checking a signature."""
 
     __slots__ = ("_answered", "error", "item", "result")
 
@@ -60,7 +68,7 @@ class GroupCommitter(Generic[T, R]):
         hopeless: Callable[[BaseException], bool] = lambda error: False,
     ) -> None:
         self._apply, self._limit, self._hopeless = apply, limit, hopeless
-        self._waiting: queue.SimpleQueue[_Waiter[T, R]] = queue.SimpleQueue()
+        self._waiting: queue.SimpleQueue[Waiter[T, R]] = queue.SimpleQueue()
         self._starting = threading.Lock()
         self._thread: threading.Thread | None = None
 
@@ -71,15 +79,19 @@ class GroupCommitter(Generic[T, R]):
             TimeoutError: not within `timeout_s`; it may still be committed.
             Exception: whatever `apply` raised for it.
         """
-        if self._thread is None:
-            self._start()
-        waiter: _Waiter[T, R] = _Waiter(item)
-        self._waiting.put(waiter)
+        waiter: _Sleeper[T, R] = _Sleeper(item)
+        self.enqueue(waiter)
         if not waiter.wait(timeout_s):
             raise TimeoutError("the commit takes too long")
         if waiter.error is not None:
             raise waiter.error
         return waiter.result  # type: ignore[return-value]  # None only beside an error
+
+    def enqueue(self, waiter: Waiter[T, R]) -> None:
+        """Have `waiter` answered once its item is on disk."""
+        if self._thread is None:
+            self._start()
+        self._waiting.put(waiter)
 
     def waiting(self) -> int:
         """How many are not taken into a transaction yet."""
@@ -103,7 +115,7 @@ class GroupCommitter(Generic[T, R]):
             busy = len(group) > 1
             self._settle(group)
 
-    def _settle(self, group: list[_Waiter[T, R]]) -> None:
+    def _settle(self, group: list[Waiter[T, R]]) -> None:
         try:
             results = self._apply([waiter.item for waiter in group])
         except Exception as error:  # noqa: BLE001 -- handed over to those who wait

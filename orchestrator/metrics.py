@@ -15,6 +15,7 @@ from state.job import Status
 from state.store import Store
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _LATENCY = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 100)
 
@@ -60,6 +61,12 @@ class Metrics:
             buckets=_LATENCY,
             registry=self.registry,
         )
+
+    def answered(self, method: str, route: str, status: int, seconds: float) -> None:
+        """Count one answer; `route` is a rule, not a path, so that its values stay few."""
+        known = method if method in _METHODS else "other"
+        self.requests.labels(known, route, status).inc()
+        self.seconds.labels(route).observe(seconds)
 
     def render(self, store: Store, clock: Callable[[], datetime]) -> bytes:
         """The text that Prometheus reads; the fleet's part is asked of `store` now."""

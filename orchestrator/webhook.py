@@ -1,7 +1,7 @@
 """The receiver of agents' reports: raw bytes, verify, apply, commit, then 2xx with orders.
 
-It stands in front of Flask as a plain WSGI application, because it carries nearly all of the
-traffic and needs nothing of Flask: two thirds of a request's time would go there.
+It stands in front of Flask, because it carries nearly all of the traffic and needs nothing of
+Flask: two thirds of a request's time would go there.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
@@ -40,8 +41,27 @@ _HEADERS = {
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
-def too_long() -> problems.Refusal:
-    return problems.Refusal(413, "too_long", f"a body may have at most {wire.MAX_BODY} bytes")
+def too_long(limit: int = wire.MAX_BODY) -> problems.Refusal:
+    return problems.Refusal(413, "too_long", f"a body may have at most {limit} bytes")
+
+
+def truncated() -> problems.Refusal:
+    return problems.Refusal(400, "truncated", "the body ended early", retryable=True)
+
+
+def body_length(stated: str, limit: int = wire.MAX_BODY) -> int | None:
+    """What `Content-Length` says; None when there is none.
+
+    Raises:
+        Refusal: 413 when it is more than `limit`, 400 when it is no number.
+    """
+    if not stated:
+        return None
+    if not (stated.isascii() and stated.isdigit() and len(stated) < 19):
+        raise problems.Refusal(400, "bad_length", "Content-Length is not a number")
+    if int(stated) > limit:
+        raise too_long(limit)
+    return int(stated)
 
 
 def read_body(environ: Mapping[str, Any]) -> bytes:
@@ -50,17 +70,13 @@ def read_body(environ: Mapping[str, Any]) -> bytes:
     Raises:
         Refusal: 413; or 400 when it ended early or its length cannot be read.
     """
-    stated = environ.get("CONTENT_LENGTH") or ""
-    if stated and not (stated.isascii() and stated.isdigit() and len(stated) < 19):
-        raise problems.Refusal(400, "bad_length", "Content-Length is not a number")
-    if stated and int(stated) > wire.MAX_BODY:
-        raise too_long()
+    stated = body_length(environ.get("CONTENT_LENGTH") or "")
     # Without a stated length the body is chunked, and the server ends the stream.
-    body: bytes = environ["wsgi.input"].read(int(stated) if stated else wire.MAX_BODY + 1)
+    body: bytes = environ["wsgi.input"].read(wire.MAX_BODY + 1 if stated is None else stated)
     if len(body) > wire.MAX_BODY:
         raise too_long()
-    if stated and len(body) < int(stated):
-        raise problems.Refusal(400, "truncated", "the body ended early", retryable=True)
+    if stated is not None and len(body) < stated:
+        raise truncated()
     return body
 
 
@@ -69,9 +85,8 @@ def signed_headers(environ: Mapping[str, Any]) -> dict[str, str]:
     return {name: environ.get(key, "") for name, key in _HEADERS.items()}
 
 
-def request_id(environ: Mapping[str, Any]) -> str:
+def request_id(given: str) -> str:
     """The caller's `X-Request-Id` where it is a decent one, else a new one."""
-    given = environ.get("HTTP_X_REQUEST_ID", "")
     return given if _REQUEST_ID.fullmatch(given) else f"req_{secrets.token_hex(10)}"
 
 
@@ -82,13 +97,13 @@ class ReportTaker:
         self, store: Store, clock: Callable[[], datetime], waker: Waker, metrics: Metrics
     ) -> None:
         self._store, self._clock, self._waker, self._metrics = store, clock, waker, metrics
-        self._committer: GroupCommitter[wire.Report, record.Taken] = GroupCommitter(
+        self.committer: GroupCommitter[wire.Report, record.Taken] = GroupCommitter(
             self._apply, hopeless=problems.is_outage
         )
 
     def take(self, report: wire.Report) -> record.Taken:
         """What became of `report`, once that is on disk. Raises: TimeoutError, store errors."""
-        return self._committer.submit(report, timeout_s=COMMIT_TIMEOUT_S)
+        return self.committer.submit(report, timeout_s=COMMIT_TIMEOUT_S)
 
     def _apply(self, group: Sequence[wire.Report]) -> list[record.Taken]:
         began = time.perf_counter()
@@ -101,65 +116,116 @@ class ReportTaker:
         return results
 
 
+@dataclass(frozen=True, slots=True)
+class Answer:
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A request for the receiver: its method, the attempt that its URL names, and its name."""
+
+    method: str
+    job: str
+    attempt: int
+    name: str
+    began: float = field(default_factory=time.perf_counter)
+
+
 class Receiver:
-    """WSGI: answers POSTs of reports itself, and hands everything else to `app`."""
+    """What is done with a report, whatever brought it here: WSGI below, `rsgi` on an event loop."""
 
-    def __init__(
-        self,
-        app: WSGIApplication,
-        auth: AttemptAuth,
-        taker: ReportTaker,
-        metrics: Metrics,
-    ) -> None:
-        self._app, self._auth, self._taker, self._metrics = app, auth, taker, metrics
+    def __init__(self, auth: AttemptAuth, taker: ReportTaker, metrics: Metrics) -> None:
+        self._auth, self.taker, self._metrics = auth, taker, metrics
 
-    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        found = _PATH.fullmatch(environ["PATH_INFO"])
+    def call(self, method: str, path: str, given_id: str) -> Call | None:
+        """None when `path` is none of ours."""
+        found = _PATH.fullmatch(path)
         if found is None:
-            return self._app(environ, start_response)
-        began = time.perf_counter()
-        name = request_id(environ)
-        headers = {"Content-Type": "application/json"}
-        try:
-            if environ["REQUEST_METHOD"] != "POST":
-                raise problems.Refusal(
-                    405, "method_not_allowed", "reports are POSTed", headers={"Allow": "POST"}
-                )
-            status, body = self._receive(environ, found[1], int(found[2]))
-        except Exception as error:  # noqa: BLE001 -- whatever arrives, the answer is a problem
-            refusal = self._refusal(error, found[1], int(found[2]))
-            status, body = refusal.status, problems.body_of(refusal, name)
-            headers = {"Content-Type": problems.MIMETYPE, **refusal.headers}
-        self._metrics.requests.labels(environ["REQUEST_METHOD"], ROUTE, status).inc()
-        self._metrics.seconds.labels(ROUTE).observe(time.perf_counter() - began)
-        headers |= {"Content-Length": str(len(body)), "X-Request-Id": name}
-        start_response(f"{status} {HTTPStatus(status).phrase}", list(headers.items()))
-        return [body]
+            return None
+        return Call(method, found[1], int(found[2]), request_id(given_id))
 
-    def _receive(self, environ: WSGIEnvironment, job: str, attempt: int) -> tuple[int, bytes]:
-        raw = read_body(environ)
-        webhook_id = self._auth.verify(job, attempt, raw, signed_headers(environ))
-        report = wire.Report.from_bytes(raw)
-        if (report.job, report.attempt) != (job, attempt) or report.webhook_id != webhook_id:
-            raise wire.WireError("the report, its URL and its webhook-id do not agree")
-        taken = self._taker.take(report)
+    def read(self, call: Call, raw: bytes, headers: Mapping[str, str]) -> wire.Report:
+        """The report in `raw`. May ask the database. Raises: SignatureError, WireError."""
+        webhook_id = self._auth.verify(call.job, call.attempt, raw, headers)
+        return _report(call, raw, webhook_id)
+
+    def read_known(self, call: Call, raw: bytes, headers: Mapping[str, str]) -> wire.Report | None:
+        """As `read`, asking nobody; None when only `read` can tell. Raises: WireError."""
+        webhook_id = self._auth.verify_known(call.job, call.attempt, raw, headers)
+        return None if webhook_id is None else _report(call, raw, webhook_id)
+
+    def taken(self, call: Call, taken: record.Taken) -> Answer:
+        """The answer to a report that is on disk."""
         self._metrics.reports.labels(taken.outcome.value).inc()
         if taken.outcome in (record.Outcome.STALE, record.Outcome.UNKNOWN_JOB):
-            raise stale()
-        return 200, wire.answer_to_bytes(taken.orders)
+            return self.refused(call, stale())
+        headers = {"Content-Type": "application/json"}
+        return self._answer(call, 200, headers, wire.answer_to_bytes(taken.orders))
 
-    def _refusal(self, error: Exception, job: str, attempt: int) -> problems.Refusal:
+    def refused(self, call: Call, error: Exception) -> Answer:
+        """The problem that `error` is answered with."""
         if isinstance(error, TimeoutError):
             error = problems.Refusal(
                 503, "slow", str(error), headers={"Retry-After": "2"}, retryable=True
             )
         refusal = problems.refusal_of(error)
-        with logs.bound(job=job, attempt=attempt):
+        with logs.bound(job=call.job, attempt=call.attempt):
             if refusal.status >= 500 and not isinstance(error, problems.Refusal):
                 _log.error("report failed", code=refusal.code, exc_info=error)
             else:
                 _log.info("report refused", status=refusal.status, why=refusal.detail)
-        return refusal
+        headers = {"Content-Type": problems.MIMETYPE, **refusal.headers}
+        return self._answer(call, refusal.status, headers, problems.body_of(refusal, call.name))
+
+    def _answer(self, call: Call, status: int, headers: dict[str, str], body: bytes) -> Answer:
+        self._metrics.answered(call.method, ROUTE, status, time.perf_counter() - call.began)
+        headers |= {"Content-Length": str(len(body)), "X-Request-Id": call.name}
+        return Answer(status, headers, body)
+
+
+def _report(call: Call, raw: bytes, webhook_id: str) -> wire.Report:
+    report = wire.Report.from_bytes(raw)
+    named = (report.job, report.attempt, report.webhook_id)
+    if named != (call.job, call.attempt, webhook_id):
+        raise wire.WireError("the report, its URL and its webhook-id do not agree")
+    return report
+
+
+def only_post(method: str) -> None:
+    """Raises: Refusal 405."""
+    if method != "POST":
+        raise problems.Refusal(
+            405, "method_not_allowed", "reports are POSTed", headers={"Allow": "POST"}
+        )
+
+
+class WsgiReceiver:
+    """Answers reports itself, and hands everything else to `app`."""
+
+    def __init__(self, app: WSGIApplication, receiver: Receiver) -> None:
+        self._app, self.receiver = app, receiver
+
+    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        call = self.receiver.call(
+            environ["REQUEST_METHOD"], environ["PATH_INFO"], environ.get("HTTP_X_REQUEST_ID", "")
+        )
+        if call is None:
+            return self._app(environ, start_response)
+        answer = self._answer(call, environ)
+        status = f"{answer.status} {HTTPStatus(answer.status).phrase}"
+        start_response(status, list(answer.headers.items()))
+        return [answer.body]
+
+    def _answer(self, call: Call, environ: WSGIEnvironment) -> Answer:
+        try:
+            only_post(call.method)
+            report = self.receiver.read(call, read_body(environ), signed_headers(environ))
+            return self.receiver.taken(call, self.receiver.taker.take(report))
+        except Exception as error:  # noqa: BLE001 -- whatever arrives, the answer is a problem
+            return self.receiver.refused(call, error)
 
 
 def stale() -> problems.Refusal:

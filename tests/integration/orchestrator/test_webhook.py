@@ -331,7 +331,7 @@ def test_a_doorbell_that_fails_costs_the_agent_nothing(edge, soon):
         rung.append(task)
         raise ConnectionError("no broker")
 
-    edge.app.wsgi_app._taker._waker._wake = broken
+    edge.app.wsgi_app.receiver.taker._waker._wake = broken
     assert agent.report(Fact.GPU_READY).status_code == 200
     soon(lambda: "relay" in rung)
     assert agent.report(Fact.IMAGES_READY).status_code == 200
