@@ -119,4 +119,12 @@ def _environment(home: Path, env: Mapping[str, str]) -> dict[str, str]:
     """Nothing of the sandbox's own environment, but the Python that has the training packages:
     it stands in for the stock CUDA PyTorch image."""
     path = os.pathsep.join([str(Path(sys.executable).parent), "/usr/local/bin", "/usr/bin", "/bin"])
-    return {**env, "PATH": path, "HOME": str(home), "TMPDIR": str(home / "tmp")}
+    # One core stays with whoever rents: a machine of our own is no other machine.
+    threads = max(1, (os.cpu_count() or 2) - 1)
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        **env,
+        "PATH": path,
+        "HOME": str(home),
+        "TMPDIR": str(home / "tmp"),
+    }
