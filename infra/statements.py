@@ -271,6 +271,11 @@ def open_leases() -> Select[Any]:
     return listing(codecs.LEASES, "created_at", "id").where(_IS_OPEN)
 
 
+@cache
+def offers_taken() -> Sql:
+    return _sql(select(leases.c.offer_id).where(_one_of(leases.c.offer_id, "ids"), _IS_OPEN))
+
+
 def reserved() -> Select[Any]:
     """Micro-USD, rounded up."""
     seconds = func.greatest(func.extract("epoch", leases.c.expires_at - leases.c.created_at), 0)

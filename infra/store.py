@@ -407,6 +407,10 @@ class SqlTransaction:
     def open_leases(self) -> list[Lease]:
         return self._values(codecs.LEASES, statements.open_leases())
 
+    def offers_taken(self, offer_ids: Collection[str]) -> set[str]:
+        found = self._read(statements.offers_taken(), {"ids": list(offer_ids)})
+        return {offer_id for (offer_id,) in found}
+
     def claim_due_leases(self, now: datetime, until: datetime, limit: int) -> list[Lease]:
         return self._claim_all(codecs.LEASES, now, until, limit)
 

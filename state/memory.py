@@ -373,6 +373,9 @@ class MemoryTransaction:
     def open_leases(self) -> list[Lease]:
         return self._leases(self._data.open_leases.values())
 
+    def offers_taken(self, offer_ids: Collection[str]) -> set[str]:
+        return {lease.offer_id for lease in self.open_leases()} & set(offer_ids)
+
     def _leases(self, ids: Collection[str]) -> list[Lease]:
         leases = (self._data.leases[lease_id] for lease_id in ids)
         return sorted(leases, key=lambda lease: (lease.created_at, lease.id))

@@ -88,6 +88,9 @@ class Transaction(Protocol):
         """All of a job, oldest first."""
 
     def open_leases(self) -> list[Lease]: ...
+    def offers_taken(self, offer_ids: Collection[str]) -> set[str]:
+        """Those of these offers that an open lease is for."""
+
     def claim_due_leases(self, now: datetime, until: datetime, limit: int) -> list[Lease]: ...
 
     # events

@@ -31,6 +31,7 @@ MAX_OFFERS_PER_PASS = 5
 #: A create call that has not been heard of for so long belongs to a process that died.
 CREATE_SPAN = timedelta(seconds=60)
 TOKEN_SPAN = timedelta(minutes=30)
+OTHERS_FIRST = "every offer that fits is being rented for another job"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,11 +99,13 @@ class Renter:
 
     def _try_offers(self, job_id: str, ranked: Sequence[Offer]) -> Lease | None:
         refusals: list[str] = []
-        for offer in ranked[:MAX_OFFERS_PER_PASS]:
-            intended = self._intend(job_id, offer)
+        untried = list(ranked)
+        while untried and len(refusals) < MAX_OFFERS_PER_PASS:
+            intended = self._intend(job_id, untried)
             if intended is None:
                 return None
-            lease, token = intended
+            lease, token, offer = intended
+            untried = untried[untried.index(offer) + 1 :]
             try:
                 instance_id = self.provider.create(offer, self._launch(lease, token, offer))
             except Refused as error:
@@ -127,14 +130,20 @@ class Renter:
             return False
         return not any(lease.open for lease in tx.leases_of(job.id))
 
-    def _intend(self, job_id: str, offer: Offer) -> tuple[Lease, str] | None:
-        """Write down that `offer` is about to be rented; None when it may not be."""
+    def _intend(self, job_id: str, offers: Sequence[Offer]) -> tuple[Lease, str, Offer] | None:
+        """Write down that the first of `offers` which no other job of ours is after is about to
+        be rented; None when that may not be, or there is none."""
         now = self.clock()
         with self.store.transaction() as tx:
             # One at a time through here: budgets are sums over all leases.
             tx.lock("rent")
             job = tx.job(job_id, lock=True)
             if not self._wanted(tx, job):
+                return None
+            taken = tx.offers_taken([offer.id for offer in offers])
+            offer = next((offer for offer in offers if offer.id not in taken), None)
+            if offer is None:
+                self._explain(tx, job, Reason(code="gpu.none", message=OTHERS_FIRST), now)
                 return None
             spent = tx.spend_of(job.id)
             hours = policy.lease_hours(job, spent, offer.price, self.rules)
@@ -169,7 +178,7 @@ class Renter:
             tx.add_lease(lease)
             token = secrets.token_urlsafe(32)
             self._admit(tx, job, token, now)
-            return lease, token
+            return lease, token, offer
 
     def _admit(self, tx: Transaction, job: Job, token: str, now: datetime) -> None:
         """The token is all that the machine will be given; its hash is all that we keep."""

@@ -545,6 +545,8 @@ def test_open_leases_and_what_they_may_still_cost(make, commit):
     for lease in (one, two, over, senseless):
         commit("add_lease", lease)
     assert commit("open_leases") == [one, two, senseless]
+    assert commit("offers_taken", [one.offer_id, "another"]) == {one.offer_id}
+    assert commit("offers_taken", []) == set()
     assert commit("reserved") == 500_001
     commit("save_lease", one.to(LeaseStatus.RELEASED))
     assert commit("reserved") == 100_001

@@ -11,7 +11,7 @@ from gpu_agent.wire import Fact
 from infra.provider_memory import Fault
 from state import record
 from state.errors import AccountFault, OfferGone, Refused, Throttled, Unknown, Unreadable
-from state.job import Reason, Status
+from state.job import GpuNeeds, Reason, Status
 from state.lease import LeaseStatus
 from tasks.deallocate import sweep
 
@@ -58,6 +58,29 @@ def test_an_offer_that_is_gone_is_followed_by_the_next(world: Any) -> None:
     lease = world.renter.allocate("job_1")
     assert lease.machine_id == "m2"
     assert [item.status for item in world.leases()] == [LeaseStatus.RELEASED, LeaseStatus.RENTED]
+
+
+def test_two_jobs_that_saw_the_same_offers_do_not_go_for_the_same_one(world: Any) -> None:
+    world.add_job("job_1")
+    world.add_job("job_2")
+    seen = world.provider.offers(GpuNeeds())
+    world.renter.allocate("job_1")
+    world.provider.offers = lambda needs: seen
+    lease = world.renter.allocate("job_2")
+    assert lease.machine_id == "m2"
+    assert [item.status for item in world.leases("job_2")] == [LeaseStatus.RENTED]
+
+
+def test_a_job_waits_when_others_are_after_every_offer(world: Any) -> None:
+    seen = world.provider.offers(GpuNeeds())
+    for number in (1, 2):
+        world.add_job(f"job_{number}")
+        world.renter.allocate(f"job_{number}")
+    world.add_job("job_3")
+    world.provider.offers = lambda needs: seen
+    assert world.renter.allocate("job_3") is None
+    assert world.leases("job_3") == []
+    assert "for another job" in world.job("job_3").progress["gpu_search"]
 
 
 def test_a_lost_answer_is_adopted_by_its_label(world: Any) -> None:
