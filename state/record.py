@@ -7,6 +7,7 @@ the job no longer needs, and the time at which somebody must look again.
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from state.events import (
     Secret,
 )
 from state.job import ACTIVE, Job, JobRequest, Reason, Status, Transition
-from state.lease import LeaseStatus
+from state.lease import Lease, LeaseStatus
 from state.machine import Effect, Move
 from state.policy import Policy
 from state.store import Transaction
@@ -187,9 +188,10 @@ class _Pen:
     def stall(self, job: Job, reason: Reason) -> Job:
         """Stall, and fail at once when no retry will come."""
         again = policy.retry_at(job, reason, self.now, self.rules)
-        if _blames_host(reason) and (machine_id := _machine_of(self.tx, job)):
-            job = job.evolve(excluded_machines=(*job.excluded_machines, machine_id))
-            remember(self.tx, machine_id, self.now, bad=reason.code)
+        lease = _lease_of(self.tx, job)
+        if _blames_host(reason) and lease is not None and lease.machine_id:
+            job = job.evolve(excluded_machines=(*job.excluded_machines, lease.machine_id))
+            _remember_bad(self.tx, lease.machine_id, self.now, reason.code)
         job, steps = machine.move(job, Move.STALL, self.now, reason=reason, retry_at=again)
         job = self.passed(job, steps)
         if again is None:
@@ -209,25 +211,28 @@ def _blames_host(reason: Reason) -> bool:
     return not reason.code.startswith(NOT_THE_HOSTS_FAULT) or reason.code == "pendingGpu.timeout"
 
 
-def _machine_of(tx: Transaction, job: Job) -> str | None:
+def _lease_of(tx: Transaction, job: Job) -> Lease | None:
+    """The latest lease of the job's present attempt."""
     leases = [lease for lease in tx.leases_of(job.id) if lease.attempt == job.attempt]
-    return leases[-1].machine_id or None if leases else None
+    return leases[-1] if leases else None
 
 
-def remember(tx: Transaction, machine_id: str, now: datetime, *, bad: str = "") -> None:
-    """Add an outcome to a machine's record; `bad` is the reason's code, empty for a good one."""
-    record = tx.host(machine_id) or HostRecord(machine_id=machine_id)
-    known = {name: getattr(record, name) for name in ("boot_s", "download_mbps", "steps_per_s")}
-    tx.save_host(
-        HostRecord(
-            machine_id=machine_id,
-            good=record.good + (not bad),
-            bad=record.bad + bool(bad),
-            last_failed_at=now if bad else record.last_failed_at,
-            last_reason=bad or record.last_reason,
-            **known,
-        )
-    )
+def _remember_bad(tx: Transaction, machine_id: str, now: datetime, why: str) -> None:
+    known = tx.host(machine_id) or HostRecord(machine_id=machine_id)
+    bad = known.bad + 1
+    tx.save_host(dataclasses.replace(known, bad=bad, last_failed_at=now, last_reason=why))
+
+
+def _remember_good(tx: Transaction, lease: Lease, job: Job) -> None:
+    """A finished job: what the machine took to boot, and how fast it trained."""
+    known = tx.host(lease.machine_id) or HostRecord(machine_id=lease.machine_id)
+    boot_s = known.boot_s
+    if lease.rented_at and lease.ready_at:
+        boot_s = (lease.ready_at - lease.rented_at).total_seconds()
+    speed = job.progress.get("training", {}).get("steps_per_s")
+    steps_per_s = float(speed) if isinstance(speed, int | float) else known.steps_per_s
+    good = known.good + 1
+    tx.save_host(dataclasses.replace(known, good=good, boot_s=boot_s, steps_per_s=steps_per_s))
 
 
 # --- the agent's reports ----------------------------------------------------------------------
@@ -429,8 +434,9 @@ def verified(
     pen = _Pen(tx, now, rules)
     job, steps = machine.move(job, Move.WEIGHTS_VERIFIED, now)
     job = pen.passed(job, steps)
-    if job.status is Status.COMPLETED and (machine_id := _machine_of(tx, job)):
-        remember(tx, machine_id, now)
+    lease = _lease_of(tx, job)
+    if job.status is Status.COMPLETED and lease is not None:
+        _remember_good(tx, lease, job)
     pen.flush([job])
     return job
 

@@ -344,6 +344,21 @@ def test_an_error_that_cannot_be_retried_fails_at_once(world: Any) -> None:
         assert tx.host("m1") is None
 
 
+def test_a_finished_job_is_remembered_of_its_machine(world: Any) -> None:
+    world.add_job()
+    world.tick()
+    world.clock.advance(30)
+    for fact in (Fact.GPU_READY, Fact.IMAGES_READY, Fact.MODEL_READY, Fact.FILES_POSITIONED):
+        world.report(fact)
+    world.report(Fact.TRAINING_PROGRESS, {"step": 10, "total": 10, "steps_per_s": 4.5})
+    world.report(Fact.WEIGHTS_UPLOADED)
+    with world.store.transaction() as tx:
+        record.verified(tx, "job_1", 1, world.clock())
+        host = tx.host("m1")
+    assert (host.good, host.bad, host.boot_s, host.steps_per_s) == (1, 0, 30.0, 4.5)
+    assert world.job().status is Status.COMPLETED
+
+
 def test_tries_used_up_end_in_failed(world: Any) -> None:
     world.add_job(max_attempts=1)
     world.tick()
