@@ -20,7 +20,6 @@ import base64
 import binascii
 import dataclasses
 import enum
-import hashlib
 import hmac
 import json
 import math
@@ -104,6 +103,9 @@ def _loads(body: bytes, what: str) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is not JSON")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
 def _finite(text: str) -> float:
@@ -505,7 +507,7 @@ def secret_key(secret: str) -> bytes:
 
 def _digest(key: bytes, webhook_id: str, timestamp: int, body: bytes) -> bytes:
     signed = f"{webhook_id}.{timestamp}.".encode() + body
-    return base64.b64encode(hmac.new(key, signed, hashlib.sha256).digest())
+    return base64.b64encode(hmac.digest(key, signed, "sha256"))
 
 
 def sign(body: bytes, *, secrets: Sequence[str], webhook_id: str, at: float) -> dict[str, str]:

@@ -266,7 +266,10 @@ def job_of(row: Sequence[Any], request: JobRequest) -> Job:
     for name, convert in JOBS.read.items():
         if name in given:
             given[name] = convert(given[name])
-    return Job(**given, request=request)
+    # As Job(**given, request=request) would, which sets each field by a call of its own.
+    job = object.__new__(Job)
+    vars(job).update(given, request=request)
+    return job
 
 
 request_of = _request_from_json
