@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily
@@ -29,6 +30,7 @@ class Metrics:
 
     def __init__(self, directory: Path | None = None) -> None:
         self._directory = directory
+        self._answered: dict[tuple[str, str, int], tuple[Any, Any]] = {}
         self.registry = CollectorRegistry()
         self.requests = Counter(
             "stoker_http_requests",
@@ -64,9 +66,14 @@ class Metrics:
 
     def answered(self, method: str, route: str, status: int, seconds: float) -> None:
         """Count one answer; `route` is a rule, not a path, so that its values stay few."""
-        known = method if method in _METHODS else "other"
-        self.requests.labels(known, route, status).inc()
-        self.seconds.labels(route).observe(seconds)
+        key = (method if method in _METHODS else "other", route, status)
+        try:
+            count, latency = self._answered[key]
+        except KeyError:  # looking children up costs as much as counting ten times
+            count, latency = self.requests.labels(*key), self.seconds.labels(route)
+            self._answered[key] = count, latency
+        count.inc()
+        latency.observe(seconds)
 
     def render(self, store: Store, clock: Callable[[], datetime]) -> bytes:
         """The text that Prometheus reads; the fleet's part is asked of `store` now."""

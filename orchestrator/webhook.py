@@ -38,6 +38,7 @@ _HEADERS = {
     "webhook-timestamp": "HTTP_WEBHOOK_TIMESTAMP",
     "webhook-signature": "HTTP_WEBHOOK_SIGNATURE",
 }
+_NO_ORDERS = wire.answer_to_bytes(())
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
@@ -139,6 +140,7 @@ class Receiver:
 
     def __init__(self, auth: AttemptAuth, taker: ReportTaker, metrics: Metrics) -> None:
         self._auth, self.taker, self._metrics = auth, taker, metrics
+        self._outcomes = {item: metrics.reports.labels(item.value) for item in record.Outcome}
 
     def call(self, method: str, path: str, given_id: str) -> Call | None:
         """None when `path` is none of ours."""
@@ -159,11 +161,12 @@ class Receiver:
 
     def taken(self, call: Call, taken: record.Taken) -> Answer:
         """The answer to a report that is on disk."""
-        self._metrics.reports.labels(taken.outcome.value).inc()
+        self._outcomes[taken.outcome].inc()
         if taken.outcome in (record.Outcome.STALE, record.Outcome.UNKNOWN_JOB):
             return self.refused(call, stale())
         headers = {"Content-Type": "application/json"}
-        return self._answer(call, 200, headers, wire.answer_to_bytes(taken.orders))
+        body = wire.answer_to_bytes(taken.orders) if taken.orders else _NO_ORDERS
+        return self._answer(call, 200, headers, body)
 
     def refused(self, call: Call, error: Exception) -> Answer:
         """The problem that `error` is answered with."""

@@ -1,4 +1,8 @@
-"""`granian --interface wsgi --factory orchestrator.wsgi:make_app`: the edge with real services."""
+"""The edge with real services.
+
+`granian --interface rsgi --factory orchestrator.wsgi:make_server` is how it is run; any WSGI
+server can run `make_app`, with a thread for each report that waits for its commit.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +11,12 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from infra import logs
 from infra.wiring import services
 from orchestrator.app import create_app
 from orchestrator.checks import ready_checks
 from orchestrator.deps import Deps
+from orchestrator.rsgi import Server
 from tasks.app import wake
 from tasks.life import live
 from tasks.reconcile import RECEIVER
@@ -21,6 +27,7 @@ if TYPE_CHECKING:
 
 def make_app() -> Flask:
     """The WSGI application of this process."""
+    logs.configure()
     have = services()
     live(have.store, have.clock, RECEIVER, threading.Event())
     shared = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
@@ -37,3 +44,8 @@ def make_app() -> Flask:
             metrics_dir=Path(shared) if shared else None,
         )
     )
+
+
+def make_server() -> Server:
+    """The RSGI application of this process."""
+    return Server(make_app())

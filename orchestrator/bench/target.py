@@ -14,6 +14,7 @@ from infra.settings import Settings
 from infra.store import SqlStore
 from orchestrator.app import create_app
 from orchestrator.deps import Deps
+from orchestrator.rsgi import Server
 from state.events import Secret
 from state.job import JobRequest
 
@@ -48,6 +49,11 @@ def edge(env: Mapping[str, str] = os.environ) -> Flask:
             settings=Settings(),
         )
     )
+
+
+def server() -> Server:
+    """The same as granian serves it."""
+    return Server(edge())
 
 
 def bare() -> Flask:

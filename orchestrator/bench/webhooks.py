@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -33,9 +33,14 @@ from orchestrator.bench.load import Load, send
 from state.events import Attempt, Dataset, DatasetStatus, Secret
 from state.job import Job, JobRequest, Status
 
+#: Of PostgreSQL's limit.
 CONNECTIONS = 32
+#: Agents that report at once, each over a connection of its own, one report at a time.
+AGENTS = 128
 JOBS = 256
-WEB_WORKERS, WEB_THREADS = 2, 16
+#: Requests per agent that are not measured.
+WARM_UP = 20
+WEB_WORKERS = 2
 
 
 def run(
@@ -53,15 +58,15 @@ def run(
         say("PostgreSQL: single-row commits by 32 connections")
         before = commits_per_second(url, seconds)
         say("bare Flask under the same server")
-        with _serving("bare", {}) as address:
+        with _serving("wsgi", "bare", {}) as address:
             flask = send(address, _bare_queues(seconds), seconds)
         say("the receiver")
         key = SecretBox.new_key()
         env = {"DATABASE_URL": url, "STOKER_SECRET_KEYS": key.reveal()}
         queues = _prepared(SqlStore(url, SecretBox([key])), seconds)
-        with _serving("edge", env) as address:
-            send(address, [queue[:20] for queue in queues], seconds)  # warm
-            load = send(address, [queue[20:] for queue in queues], seconds)
+        with _serving("rsgi", "server", env) as address:
+            send(address, [queue[:WARM_UP] for queue in queues], seconds)
+            load = send(address, [queue[WARM_UP:] for queue in queues], seconds)
         say("PostgreSQL again")
         after = commits_per_second(url, seconds)
         limit = (before + after) / 2
@@ -97,8 +102,9 @@ def _machine(url: str) -> dict[str, Any]:
         "machine": platform.machine(),
         "python": platform.python_version(),
         "postgres": row[0] if row else "",
-        "connections": CONNECTIONS,
-        "web": f"granian, {WEB_WORKERS} processes of {WEB_THREADS} threads",
+        "postgres_connections": CONNECTIONS,
+        "agents": AGENTS,
+        "web": f"granian, {WEB_WORKERS} processes",
     }
 
 
@@ -153,15 +159,15 @@ def _own_database(server_url: str) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _serving(what: str, env: dict[str, str]) -> Iterator[tuple[str, int]]:
+def _serving(interface: str, what: str, env: Mapping[str, str]) -> Iterator[tuple[str, int]]:
     """Granian with one of the applications of `orchestrator.bench.target`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address: tuple[str, int] = ("127.0.0.1", free.getsockname()[1])
     argv = [
-        sys.executable, "-m", "granian", "--interface", "wsgi", "--factory", "--no-ws",
+        sys.executable, "-m", "granian", "--interface", interface, "--factory", "--no-ws",
         "--host", address[0], "--port", str(address[1]), "--workers", str(WEB_WORKERS),
-        "--blocking-threads", str(WEB_THREADS), "--log-level", "warning",
+        "--log-level", "warning",
         f"orchestrator.bench.target:{what}",
     ]  # fmt: skip
     process = subprocess.Popen(argv, env={**os.environ, **env}, stdout=subprocess.DEVNULL)
@@ -204,11 +210,11 @@ def _prepared(store: SqlStore, seconds: float) -> list[list[bytes]]:
         agents = _agents(store)
     finally:
         store.close()
-    per_agent = int(seconds * 12_000 / JOBS) + 40
+    per_job = int(seconds * 12_000 / JOBS) + WARM_UP
     queues: list[list[bytes]] = []
-    for place in range(CONNECTIONS):
-        mine = agents[place::CONNECTIONS]
-        queues.append([_request(agent, seq + 1) for seq in range(per_agent) for agent in mine])
+    for place in range(AGENTS):
+        mine = agents[place::AGENTS]
+        queues.append([_request(agent, seq + 1) for seq in range(per_job) for agent in mine])
     return queues
 
 
@@ -267,7 +273,7 @@ def _request(agent: _Agent, seq: int) -> bytes:
 
 def _bare_queues(seconds: float) -> Sequence[Sequence[bytes]]:
     request = _http("job", b"x" * 250, {"webhook-id": "x"})
-    return [[request] * int(seconds * 2000)] * CONNECTIONS
+    return [[request] * int(seconds * 1000)] * CONNECTIONS
 
 
 def _http(job: str, body: bytes, headers: dict[str, str]) -> bytes:

@@ -1,0 +1,153 @@
+"""Two real processes of granian over one PostgreSQL, as `stoker serve` runs them."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+
+import pytest
+import requests
+
+from gpu_agent import wire
+from infra.crypto import SecretBox
+from infra.store import SqlStore
+from orchestrator.api.ids import new_id
+from state import record
+from state.events import Attempt, Dataset, DatasetStatus, Secret
+from state.job import JobRequest
+
+
+class Site:
+    """A running server, and its store seen from outside."""
+
+    def __init__(self, url: str, store: SqlStore) -> None:
+        self.url, self.store = url, store
+
+    def agent(self) -> tuple[str, str]:
+        """Job and secret of an attempt that may report."""
+        now, secret = datetime.now(UTC), wire.new_secret()
+        job = new_id("job", now)
+        with self.store.transaction() as tx:
+            dataset = Dataset(id=new_id("ds", now), owner="a", created_at=now)
+            tx.add_dataset(dataset.evolve(status=DatasetStatus.READY))
+            request = JobRequest(dataset_id=dataset.id, base="civitai:1")
+            record.create_job(tx, request, owner="a", now=now, job_id=job)
+            tx.add_attempt(
+                Attempt(
+                    job=job,
+                    number=1,
+                    created_at=now,
+                    token_hash=secret,
+                    token_expires_at=now + timedelta(hours=1),
+                    secret=Secret(secret),
+                )
+            )
+        return job, secret
+
+    def post(self, job: str, secret: str, seq: int) -> int:
+        said = wire.Report(job=job, attempt=1, seq=seq, type=wire.Fact.HEARTBEAT, at=time.time())
+        body = said.to_bytes()
+        headers = wire.sign(body, secrets=[secret], webhook_id=said.webhook_id, at=time.time())
+        path = f"{self.url}/agent/v1/jobs/{job}/attempts/1/reports"
+        return requests.post(path, data=body, headers=headers, timeout=30).status_code
+
+
+@pytest.fixture(scope="module")
+def site(database_url: str) -> Iterator[Site]:
+    key = SecretBox.new_key()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    argv = [
+        sys.executable, "-m", "granian", "--interface", "rsgi", "--factory", "--no-ws",
+        "--port", str(port), "--workers", "2", "--log-level", "warning",
+        "orchestrator.bench.target:server",
+    ]  # fmt: skip
+    env = {**os.environ, "DATABASE_URL": database_url, "STOKER_SECRET_KEYS": key.reveal()}
+    process = subprocess.Popen(argv, env=env)
+    store = SqlStore(database_url, SecretBox([key]))
+    try:
+        until = time.monotonic() + 60
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                break
+            except OSError:
+                assert process.poll() is None, "the server ended"
+                assert time.monotonic() < until, "the server does not come up"
+                time.sleep(0.05)
+        yield Site(f"http://127.0.0.1:{port}", store)
+    finally:
+        store.close()
+        process.terminate()
+        process.wait(20)
+
+
+def test_the_same_report_at_both_processes_is_one_event(site: Site) -> None:
+    job, secret = site.agent()
+    with ThreadPoolExecutor(16) as pool:
+        for seq in range(1, 6):
+            answers = list(pool.map(lambda _, seq=seq: site.post(job, secret, seq), range(16)))
+            assert set(answers) == {200}
+    with site.store.transaction() as tx:
+        events = tx.events(job, limit=1000)
+        stored = tx.job(job)
+    assert [event.type for event in events].count("heartbeat") == 5
+    assert [event.seq for event in events] == list(range(1, stored.seq + 1))
+
+
+def test_a_body_of_ten_megabytes_is_refused(site: Site) -> None:
+    job, _ = site.agent()
+    host, port = site.url.removeprefix("http://").split(":")
+    connection = http.client.HTTPConnection(host, int(port), timeout=30)
+    connection.putrequest("POST", f"/agent/v1/jobs/{job}/attempts/1/reports")
+    connection.putheader("Content-Length", str(10_000_000))
+    connection.endheaders()
+    connection.send(b"x" * 1000)
+    answer = connection.getresponse()
+    assert answer.status == 413
+    assert answer.getheader("content-type") == "application/problem+json"
+    connection.close()
+
+
+def test_a_body_without_a_length_is_refused_once_it_is_too_long(site: Site) -> None:
+    job, _ = site.agent()
+    path = f"{site.url}/agent/v1/jobs/{job}/attempts/1/reports"
+    chunks = (b"x" * 1000 for _ in range(wire.MAX_BODY // 1000 + 2))
+    assert requests.post(path, data=chunks, timeout=30).status_code == 413
+
+
+@pytest.mark.parametrize("path", ["/nowhere", "/v1/jobs/%00", "/v1/jobs/%ff%2F..", "/%E2%82"])
+def test_odd_paths_are_problems(site: Site, path: str) -> None:
+    answer = requests.get(site.url + path, timeout=30)
+    assert answer.status_code in (401, 404)
+    assert answer.headers["content-type"] == "application/problem+json"
+
+
+def test_ordinary_answers_come_through(site: Site) -> None:
+    assert requests.get(f"{site.url}/healthz", timeout=30).json() == {"status": "alive"}
+    head = requests.head(f"{site.url}/healthz", timeout=30)
+    assert (head.status_code, head.content) == (200, b"")
+    spec = requests.get(f"{site.url}/openapi.json", timeout=30)
+    assert int(spec.headers["content-length"]) == len(spec.content)
+    bundle = requests.get(f"{site.url}/agent/v1/gpu_agent.pyz", timeout=30)
+    assert bundle.content == b""
+
+
+def test_a_connection_that_breaks_off_harms_nobody(site: Site) -> None:
+    host, port = site.url.removeprefix("http://").split(":")
+    for _ in range(5):
+        with socket.create_connection((host, int(port)), timeout=10) as line:
+            line.sendall(
+                b"POST /agent/v1/jobs/job_1/attempts/1/reports HTTP/1.1\r\n"
+                b"host: x\r\ncontent-length: 1000\r\n\r\nhalf"
+            )
+    job, secret = site.agent()
+    assert site.post(job, secret, 1) == 200
