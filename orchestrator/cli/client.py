@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
+from urllib.parse import quote
 
 import requests
 
@@ -15,49 +17,102 @@ from infra.settings import Settings
 from orchestrator.cli.console import CliError, Exit
 
 TIMEOUT_S = 40.0
+#: A server that answered before is waited for: it may be restarting.
+PATIENCE_S = 30.0
+AGAIN_S = 0.5
 _CODES = {401: Exit.AUTH, 403: Exit.AUTH, 404: Exit.NOT_FOUND, 402: Exit.OVER_BUDGET}
+_NEXT = {
+    401: "set STOKER_API_KEY to a key that is not revoked; `stoker keys create` makes one",
+    403: "use a key with that scope; `stoker keys create --scope` makes one",
+    404: "`stoker ps -a` lists what there is",
+    422: "correct it and try again",
+}
+#: What every job has; an answer without is none of Stoker's.
+_JOB = frozenset({"id", "status", "attempt", "progress", "cost"})
 
 
-def credentials_file(settings: Settings) -> Path:
-    """Where `stoker up` leaves the URL and a key for commands on the same machine."""
-    return settings.data_dir / "client.json"
+def beside_file(settings: Settings) -> Path:
+    """Where `stoker up` leaves what commands on the same machine need: URL, key, settings."""
+    return settings.data_dir / "beside.json"
+
+
+def beside(settings: Settings) -> Mapping[str, Any] | None:
+    """What the `stoker up` that runs in `data_dir` left: `url`, `key`, `env`. None: none runs."""
+    try:
+        known = json.loads(beside_file(settings).read_text())
+        os.kill(known["pid"], 0)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # there is none, or it was killed
+    return dict(known)
 
 
 class Client:
     """Calls one installation with one API key.
 
     Every method raises `CliError` for whatever is not a success, with the server's own words.
+    A server that does not answer is an error at once; one that answered before is waited for.
     """
 
-    def __init__(self, url: str, key: str) -> None:
+    def __init__(
+        self,
+        url: str,
+        key: str,
+        *,
+        sleep: Callable[[float], None] = time.sleep,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.url = url.rstrip("/")
+        self._sleep, self._monotonic = sleep, monotonic
+        self._answered = False
         self._session = requests.Session()
         self._session.trust_env = False
-        self._session.headers["Authorization"] = f"Bearer {key}"
+        # requests would put it into latin-1, and a pasted key may hold anything
+        self._session.headers["Authorization"] = f"Bearer {key}".encode()
 
     @classmethod
     def here(cls) -> Self:
         """By STOKER_URL and STOKER_API_KEY, else the one that `stoker up` runs here."""
         url, key = os.environ.get("STOKER_URL", ""), os.environ.get("STOKER_API_KEY", "")
         if not (url and key):
-            try:
-                known = json.loads(credentials_file(Settings.from_env()).read_text())
-                url, key = url or known["url"], key or known["key"]
-            except (OSError, ValueError, KeyError):
-                raise CliError(
-                    "no Stoker to talk to",
-                    "STOKER_URL and STOKER_API_KEY are not set, and none runs in this directory",
-                    "start one with `stoker up`, or set both variables",
-                    Exit.AUTH,
-                ) from None
+            known = beside(Settings.from_env()) or {}
+            url, key = url or known.get("url", ""), key or known.get("key", "")
+        if not (url and key):
+            unset = " and ".join(
+                name for name, value in (("STOKER_URL", url), ("STOKER_API_KEY", key)) if not value
+            )
+            raise CliError(
+                "no Stoker to talk to",
+                f"{unset} not set, and none runs in this directory",
+                f"start one with `stoker up`, or set {unset}",
+                Exit.AUTH,
+            )
         return cls(url, key)
 
     def call(self, method: str, path: str, **options: Any) -> requests.Response:
+        """The answer, below 400."""
         headers = dict(options.pop("headers", {}))
-        if method == "POST":
+        if method == "POST":  # sent again under the same key, it is done once
             headers.setdefault("Idempotency-Key", uuid.uuid4().hex)
+        until = self._monotonic() + (PATIENCE_S if self._answered else 0.0)
+        while True:
+            answer = self._try(method, path, headers, options)
+            if isinstance(answer, requests.Response) and answer.status_code not in (502, 503, 504):
+                self._answered = True
+                break
+            if self._monotonic() >= until:
+                break
+            self._sleep(AGAIN_S)
+        if isinstance(answer, CliError):
+            raise answer
+        if answer.status_code >= 400:
+            raise self._refused(answer)
+        return answer
+
+    def _try(
+        self, method: str, path: str, headers: Mapping[str, str], options: Mapping[str, Any]
+    ) -> requests.Response | CliError:
         try:
-            answer = self._session.request(
+            return self._session.request(
                 method,
                 self.url + path,
                 headers=headers,
@@ -65,43 +120,84 @@ class Client:
                 allow_redirects=False,
                 **options,
             )
+        except (
+            requests.exceptions.InvalidURL,
+            requests.exceptions.MissingSchema,
+            requests.exceptions.InvalidSchema,
+        ):
+            return CliError(
+                f"{self.url} is no URL",
+                "it must be http:// or https:// with a host",
+                "correct STOKER_URL",
+                Exit.USAGE,
+            )
         except requests.RequestException as error:
-            raise CliError(
-                f"{self.url} does not answer", type(error).__name__, "is it up? `stoker doctor`"
-            ) from None
-        if answer.status_code >= 400:
-            raise self._refused(answer)
-        return answer
+            return CliError(
+                f"{self.url} does not answer", _why(error), "is it up? `stoker doctor` tells"
+            )
 
     def _refused(self, answer: requests.Response) -> CliError:
         try:
             problem = answer.json()
         except ValueError:
             problem = {}
-        detail = problem.get("detail") or problem.get("title") or f"HTTP {answer.status_code}"
+        if not isinstance(problem, dict):
+            problem = {}
+        status = answer.status_code
+        detail = problem.get("detail") or problem.get("title") or f"{self.url} answered {status}"
+        listed = problem.get("errors")
         faults = "; ".join(
-            f"{item.get('pointer', '')} {item.get('detail', '')}"
-            for item in problem.get("errors", [])
+            f"{item.get('pointer', '')} {item.get('detail', '')}".strip()
+            for item in (listed if isinstance(listed, list) else [])
+            if isinstance(item, dict)
         )
-        then = f"quote request {problem['request_id']}" if problem.get("request_id") else ""
-        code = _CODES.get(answer.status_code, Exit.FAILED)
-        if answer.status_code == 422:
-            code, then = Exit.USAGE, "correct it and try again"
-        return CliError(str(detail), faults or str(problem.get("code", "")), then, code)
+        why = faults or f"HTTP {status} {problem.get('code', '')}".strip()
+        then = _NEXT.get(status, "")
+        if not then and problem.get("request_id"):
+            then = f"the server's log has more under request {problem['request_id']}"
+        code = Exit.USAGE if status == 422 else _CODES.get(status, Exit.FAILED)
+        return CliError(str(detail), why, then, code)
 
-    def get(self, path: str, **query: Any) -> Any:
-        return self.call("GET", path, params=query).json()
+    def get(self, path: str, **query: Any) -> dict[str, Any]:
+        return self._document(self.call("GET", path, params=query))
 
-    def post(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
-        return self.call("POST", path, json=body).json()
+    def post(self, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        return self._document(self.call("POST", path, json=body))
 
-    def pages(self, path: str, **query: Any) -> Iterator[dict[str, Any]]:
-        """Every item of a list, page after page."""
+    def job(self, job_id: str) -> dict[str, Any]:
+        """One job, whole."""
+        return self._shaped(self.get(job_path(job_id)), _JOB | {"transitions", "result_files"})
+
+    def _document(self, answer: requests.Response) -> dict[str, Any]:
+        try:
+            value = answer.json() if answer.status_code < 300 else None
+        except ValueError:
+            value = None
+        if not isinstance(value, dict):
+            raise self._strange(f"it answered {answer.status_code} without a JSON object")
+        return value
+
+    def _shaped(self, value: Any, keys: frozenset[str]) -> dict[str, Any]:
+        if not isinstance(value, dict) or not keys <= set(value):
+            lacks = ", ".join(sorted(keys - set(value if isinstance(value, dict) else ())))
+            raise self._strange(f"its answer lacks {lacks}")
+        return value
+
+    def _strange(self, why: str) -> CliError:
+        return CliError(
+            f"{self.url} does not speak Stoker's API",
+            why,
+            "check STOKER_URL, and what stands between (a proxy, a login page)",
+        )
+
+    def jobs(self, **query: Any) -> Iterator[dict[str, Any]]:
+        """Jobs, newest first, page after page."""
         cursor: str | None = None
         while True:
             more = {"cursor": cursor} if cursor else {}
-            page = self.get(path, **query, **more)
-            yield from page["data"]
+            page = self.get("/v1/jobs", limit=100, **query, **more)
+            for item in self._shaped(page, frozenset({"data"}))["data"]:
+                yield self._shaped(item, _JOB)
             cursor = page.get("next_cursor")
             if not page.get("has_more") or not cursor:
                 return
@@ -114,21 +210,47 @@ class Client:
                     upload["url"], data=stream, headers=upload["headers"], timeout=600
                 )
         except (OSError, requests.RequestException) as error:
-            raise CliError(f"{path.name} was not uploaded", type(error).__name__) from None
+            raise CliError(f"{path.name} was not uploaded", _why(error), "try again") from None
         if answer.status_code >= 300:
-            raise CliError(f"{path.name} was not uploaded", f"storage said {answer.status_code}")
+            raise CliError(
+                f"{path.name} was not uploaded",
+                f"the storage answered {answer.status_code}",
+                "is the file being changed? `stoker doctor` looks at the storage",
+            )
 
     def download(self, path: str, target: Path) -> None:
-        """A result file: the API redirects to storage, which wants no key."""
+        """A result file: the API redirects to storage, which wants no key. It appears whole."""
         answer = self.call("GET", path)
         where = answer.headers.get("Location", "")
+        if not where:
+            raise self._strange(f"it answered {answer.status_code} without the file's address")
         part = target.with_name(target.name + ".part")
         try:
             with requests.get(where, stream=True, timeout=600) as got, part.open("wb") as file:
                 got.raise_for_status()
                 for chunk in got.iter_content(1 << 20):
                     file.write(chunk)
+            part.replace(target)
         except (OSError, requests.RequestException) as error:
             part.unlink(missing_ok=True)
-            raise CliError(f"{target.name} was not downloaded", type(error).__name__) from None
-        part.replace(target)
+            raise CliError(f"{target} was not downloaded", _why(error), "try again") from None
+
+
+def job_path(job_id: str) -> str:
+    """Where a job is; whatever was typed as its id stays one segment."""
+    return f"/v1/jobs/{quote(job_id, safe='')}"
+
+
+def _why(error: Exception) -> str:
+    """In words, and without the address: a presigned one is a secret."""
+    if isinstance(error, requests.HTTPError) and error.response is not None:
+        return f"the storage answered {error.response.status_code}"
+    if isinstance(error, requests.Timeout):
+        return "it took too long"
+    if isinstance(error, requests.exceptions.SSLError):
+        return "its certificate is not accepted"
+    if isinstance(error, requests.ConnectionError):
+        return "the connection was refused or broke"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return type(error).__name__

@@ -5,7 +5,8 @@ from __future__ import annotations
 import enum
 import json
 import sys
-from typing import Any, NoReturn
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from rich.console import Console
 
@@ -25,7 +26,7 @@ class Exit(enum.IntEnum):
 
 
 class CliError(Exception):
-    """Ends the command: what happened, why, and what to do next."""
+    """Ends the command: what happened, why, and what to do next; each a line."""
 
     def __init__(self, what: str, why: str = "", then: str = "", code: Exit = Exit.FAILED) -> None:
         super().__init__(what)
@@ -44,19 +45,34 @@ def print_json(value: Any) -> None:
     sys.stdout.flush()
 
 
+def print_line(value: Any) -> None:
+    """One document of a stream (NDJSON)."""
+    sys.stdout.write(json.dumps(value, default=str) + "\n")
+    sys.stdout.flush()
+
+
+def print_rows(console: Console, rows: Iterable[Sequence[str]]) -> None:
+    """Columns, two spaces apart, never cut: an id that is cut cannot be copied."""
+    lines = [list(row) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        text = "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        console.print(text.rstrip(), markup=False, soft_wrap=True)
+
+
 def report(error: CliError, *, as_json: bool = False) -> None:
+    """Say what ended the command; on stdout only for those who asked for JSON."""
     if as_json:
         lines = {"what": error.what, "why": error.why, "next": error.then, "exit": int(error.code)}
         print_json({"error": lines})
         return
     err.print("error: ", style="bold red", end="", markup=False)
-    err.print(error.what, markup=False)
+    err.print(_one_line(error.what), markup=False, soft_wrap=True)
     if error.why:
-        err.print(f"  why: {error.why}", markup=False)
+        err.print(f"  why: {_one_line(error.why)}", markup=False, soft_wrap=True)
     if error.then:
-        err.print(f" next: {error.then}", markup=False)
+        err.print(f" next: {_one_line(error.then)}", markup=False, soft_wrap=True)
 
 
-def stop(error: CliError) -> NoReturn:
-    report(error)
-    raise SystemExit(int(error.code))
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -49,13 +49,15 @@ def _follow_lines(
         job = fetch()
         for step in job["transitions"][seen:]:
             why = f" ({step['reason']['message']})" if step.get("reason") else ""
-            console.print(f"{step['at']}  {step['source']} -> {step['target']}{why}", markup=False)
+            text = f"{step['at']}  {step['source']} -> {step['target']}{why}"
+            console.print(text, markup=False, soft_wrap=True)
         seen = len(job["transitions"])
         training = job["progress"].get("training", {})
-        step, total = training.get("step", 0), training.get("total", 0)
+        step, total = training.get("step") or 0, training.get("total") or 0
         if total and 10 * step // total > tenth:
             tenth = 10 * step // total
-            console.print(f"  step {step}/{total}  {_loss(training)}  {job['cost']['display']}")
+            words = [f"  step {step}/{total}", _loss(training), job["cost"]["display"]]
+            console.print("  ".join(word for word in words if word), markup=False)
         if job["status"] in ENDED:
             return job
         sleep(POLL_S)

@@ -6,21 +6,33 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import quote
 
 import typer
 from rich.progress import track
-from rich.table import Table
 
 from gpu_agent import wire
-from orchestrator.cli.client import Client
-from orchestrator.cli.console import CliError, Exit, err, out, print_json
+from orchestrator.cli.client import Client, job_path
+from orchestrator.cli.console import (
+    CliError,
+    Exit,
+    err,
+    out,
+    print_json,
+    print_line,
+    print_rows,
+)
 from orchestrator.cli.follow import ENDED, durations, follow, picture
+from state.job import Status
 
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 JobId = Annotated[str, typer.Argument(help="The job's id, as `stoker ps` shows it.")]
+#: Seconds between two looks of `ps -w` and `logs -f`.
+WATCH_S = 2.0
+LOGS_S = 1.0
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 
 
@@ -32,7 +44,7 @@ def register(app: typer.Typer) -> None:
 def train(
     photos: Annotated[Path, typer.Argument(help="A folder of photographs, or one zip.")],
     base: Annotated[
-        str, typer.Option(help="civitai:<version>, hf:<owner>/<repo>[/<file>], s3:<key> or a URL.")
+        str, typer.Option(help="civitai:<version>, hf:<owner>/<repo>/<file>, s3:<key> or a URL.")
     ],
     trigger: Annotated[str, typer.Option(help="The word that will stand for the subject.")] = "",
     steps: Annotated[int, typer.Option(help="Training steps.")] = 1000,
@@ -64,24 +76,36 @@ def train(
         body["webhook"] = {"url": webhook}
     _show_plan(files, body)
     if dry_run:
+        if as_json:
+            print_json({"photographs": [str(path) for path in files], "job": body})
         return
     if not yes:
-        if not sys.stdin.isatty():
-            raise CliError(
-                "this would spend money", "nobody is here to confirm", "add -y", Exit.USAGE
-            )
-        typer.confirm(f"Spend at most ${max_cost:.2f}?", abort=True, err=True)
+        _confirm(max_cost)
     client = Client.here()
     dataset = upload_dataset(client, photos, files)
     job = client.post("/v1/jobs", {**body, "dataset_id": dataset})
     err.print(f"job {job['id']}", markup=False)
-    if job.get("webhook_secret"):
+    if job.get("webhook_secret") and not as_json:
         err.print(f"webhook secret (shown once): {job['webhook_secret']}", markup=False)
     if detach:
         if as_json:
             print_json(job)
+        else:
+            out.print(job["id"], markup=False)
         return
     finish(client, job["id"], as_json=as_json)
+
+
+def _confirm(max_cost: float) -> None:
+    if not sys.stdin.isatty():
+        raise CliError(
+            f"this may spend up to ${max_cost:.2f}",
+            "there is no terminal to confirm at",
+            "add -y to spend it, or --dry-run to see the plan alone",
+            Exit.USAGE,
+        )
+    if not typer.confirm(f"Spend at most ${max_cost:.2f}?", err=True):
+        raise CliError("nothing was started", "not confirmed", "", Exit.FAILED)
 
 
 def _recipe(text: str, trigger: str, steps: int) -> dict[str, Any]:
@@ -92,7 +116,7 @@ def _recipe(text: str, trigger: str, steps: int) -> dict[str, Any]:
         recipe = {"steps": steps, **({"trigger": trigger} if trigger else {}), **given}
         wire.Recipe.from_dict(recipe)
     except ValueError as error:
-        then = "see the recipe's keys in the README"
+        then = "README.md lists the recipe's keys"
         raise CliError("the recipe cannot be used", str(error), then, Exit.USAGE) from None
     return recipe
 
@@ -102,11 +126,9 @@ def photo_files(photos: Path) -> list[Path]:
     if photos.is_file() and photos.suffix.lower() == ".zip":
         return [photos]
     if not photos.is_dir():
+        why = "it is no zip and no folder" if photos.exists() else "there is nothing of that name"
         raise CliError(
-            f"{photos} is neither a folder nor a zip",
-            "",
-            "name a folder of photographs",
-            Exit.USAGE,
+            f"{photos} cannot be used as photographs", why, "name a folder or a zip", Exit.USAGE
         )
     images = sorted(path for path in photos.iterdir() if path.suffix.lower() in SUFFIXES)
     if not images:
@@ -117,15 +139,34 @@ def photo_files(photos: Path) -> list[Path]:
     ]
 
 
-def _show_plan(files: list[Path], body: Mapping[str, Any]) -> None:
-    table = Table(title="Plan", show_header=False, title_justify="left")
+def _show_plan(files: Sequence[Path], body: Mapping[str, Any]) -> None:
     size = sum(path.stat().st_size for path in files)
-    table.add_row("photographs", f"{len(files)} files, {size / 1e6:.1f} MB")
-    table.add_row("base", body["base"])
-    table.add_row("recipe", ", ".join(f"{key} {value}" for key, value in body["recipe"].items()))
-    table.add_row("GPU", ", ".join(body["gpu"]["gpu_names"]) or "cheapest for the whole job")
-    table.add_row("at most", f"${body['max_cost'] / 1e6:.2f}")
-    err.print(table)
+    images = [path for path in files if path.suffix.lower() in SUFFIXES]
+    what = f"{len(images)} in {files[0].parent}" if images else f"in {files[0]}"
+    captions = len(files) - len(images) if images else 0
+    if captions:
+        what += f", {captions} with a caption"
+    err.print("Plan", style="bold")
+    print_rows(
+        err,
+        [
+            ("  photographs", f"{what}, {_mb(size)}"),
+            ("  base", body["base"]),
+            ("  recipe", ", ".join(f"{key} {value}" for key, value in body["recipe"].items())),
+            ("  GPU", _gpu_words(body["gpu"])),
+            ("  at most", f"${body['max_cost'] / 1e6:.2f}, all attempts together"),
+            *([("  webhook", body["webhook"]["url"])] if "webhook" in body else []),
+        ],
+    )
+
+
+def _gpu_words(gpu: Mapping[str, Any]) -> str:
+    named = " or ".join(gpu["gpu_names"]) or "what makes the whole job cheapest"
+    return f"{named}, with at least {gpu['min_vram_gb']:g} GB"
+
+
+def _mb(size: int) -> str:
+    return f"{size / 1e6:.1f} MB" if size >= 50_000 else f"{size / 1e3:.1f} kB"
 
 
 def upload_dataset(client: Client, photos: Path, files: list[Path]) -> str:
@@ -153,67 +194,93 @@ def upload_dataset(client: Client, photos: Path, files: list[Path]) -> str:
 def finish(client: Client, job_id: str, *, as_json: bool) -> None:
     """Follow a job to its end; Ctrl-C lets it go on."""
     try:
-        job = follow(lambda: client.get(f"/v1/jobs/{job_id}"), err)
+        job = follow(lambda: client.job(job_id), err)
     except KeyboardInterrupt:
-        err.print(f"\ndetached; the job goes on. `stoker cancel {job_id}` ends it.", markup=False)
-        raise SystemExit(int(Exit.OK)) from None
+        err.print(
+            f"\ndetached; the job goes on. `stoker show {job_id}` looks at it, "
+            f"`stoker cancel {job_id}` ends it.",
+            markup=False,
+        )
+        return
     if as_json:
         print_json(job)
     if job["status"] != "completed":
         reason = job.get("reason") or {}
+        code = Exit.JOB_ENDED_BADLY
+        if str(reason.get("code", "")).startswith("budget."):
+            code = Exit.OVER_BUDGET
+        if as_json:  # the document says it all, and there is to be one alone
+            raise typer.Exit(int(code))
         raise CliError(
             f"job {job_id} {job['status']}",
             f"{reason.get('code', '')}: {reason.get('message', '')}".strip(": "),
-            f"stoker show {job_id}",
-            Exit.JOB_ENDED_BADLY,
+            f"`stoker logs {job_id}`",
+            code,
         )
     if not as_json:
-        out.print(f"weights: stoker get {job_id}", markup=False)
+        err.print(f"completed; `stoker get {job_id}` downloads the weights", markup=False)
 
 
 def ps(
     every: Annotated[bool, typer.Option("--all", "-a", help="Ended jobs too.")] = False,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Again every 2 s.")] = False,
-    as_json: AsJson = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON document; with -w a line per change.")
+    ] = False,
 ) -> None:
     """List jobs, newest first.
 
     Example: stoker ps -a
     """
     client = Client.here()
+    query = {} if every else {"status": [item.value for item in Status if item.value not in ENDED]}
+    if not watch:
+        jobs = list(client.jobs(**query))
+        print_json(jobs) if as_json else _print_jobs(jobs)
+        return
+    seen: dict[str, dict[str, Any]] = {}
     while True:
-        jobs = [job for job in client.pages("/v1/jobs") if every or job["status"] not in ENDED]
-        if as_json and watch:
-            sys.stdout.write(json.dumps(jobs) + "\n")
-            sys.stdout.flush()
-        elif as_json:
-            print_json(jobs)
-        elif jobs:
-            out.print(_jobs_table(jobs))
+        jobs = list(client.jobs(**query))
+        if as_json:
+            _print_changes(client, seen, {job["id"]: job for job in jobs})
         else:
-            err.print("no jobs run; `stoker ps -a` shows ended ones, `stoker train` starts one")
-        if not watch:
-            return
-        time.sleep(2)
+            if out.is_terminal:
+                out.clear()
+            _print_jobs(jobs)
+        time.sleep(WATCH_S)
 
 
-def _jobs_table(jobs: list[dict[str, Any]]) -> Table:
-    table = Table(box=None, pad_edge=False)
-    for title in ("JOB", "STATUS", "TRY", "STEP", "LOSS", "GPU", "COST", "WHY"):
-        table.add_column(title, no_wrap=title != "WHY")
-    for job in jobs:
-        training = job["progress"].get("training", {})
-        step = f"{training['step']}/{training['total']}" if training.get("total") else ""
-        loss = f"{training['loss']:.4f}" if isinstance(training.get("loss"), float) else ""
-        why = (job.get("reason") or {}).get("message") or (
-            job["progress"].get("gpu_search", "") if job["status"] == "pendingGpu" else ""
-        )
-        host = job.get("host") or {}
-        table.add_row(
-            job["id"], job["status"], str(job["attempt"]), step, loss,
-            host.get("gpu", ""), job["cost"]["display"], why,
-        )  # fmt: skip
-    return table
+def _print_changes(
+    client: Client, seen: dict[str, dict[str, Any]], now: dict[str, dict[str, Any]]
+) -> None:
+    """A line for each job that is new, changed, or gone from the list because it ended."""
+    for job in reversed(now.values()):
+        if seen.get(job["id"]) != job:
+            print_line(job)
+    for gone in set(seen) - set(now):
+        print_line(client.job(gone))
+    seen.clear()
+    seen.update(now)
+
+
+def _print_jobs(jobs: Iterable[Mapping[str, Any]]) -> None:
+    rows = [_row(job) for job in jobs]
+    if rows:
+        print_rows(out, [("JOB", "STATUS", "TRY", "STEP", "LOSS", "GPU", "COST", "WHY"), *rows])
+    else:
+        err.print("no jobs run; `stoker ps -a` shows ended ones, `stoker train` starts one")
+
+
+def _row(job: Mapping[str, Any]) -> tuple[str, ...]:
+    training = job["progress"].get("training", {})
+    step = f"{training.get('step', 0)}/{training['total']}" if training.get("total") else "-"
+    loss = f"{training['loss']:.4f}" if isinstance(training.get("loss"), float) else "-"
+    why = (job.get("reason") or {}).get("message") or (
+        job["progress"].get("gpu_search", "") if job["status"] == "pendingGpu" else ""
+    )
+    gpu = (job.get("host") or {}).get("gpu") or "-"
+    cells = (job["id"], job["status"], job["attempt"], step, loss, gpu, job["cost"]["display"], why)
+    return tuple(str(cell).replace("\n", " ") for cell in cells)
 
 
 def show(job_id: JobId, as_json: AsJson = False) -> None:
@@ -221,50 +288,62 @@ def show(job_id: JobId, as_json: AsJson = False) -> None:
 
     Example: stoker show job_01JD…
     """
-    job = Client.here().get(f"/v1/jobs/{job_id}")
+    job = Client.here().job(job_id)
     if as_json:
         print_json(job)
         return
     out.print(picture(job))
-    table = Table(show_header=False, box=None)
-    table.add_row("id", job["id"])
-    table.add_row("base", job["base"])
-    table.add_row("attempt", f"{job['attempt']} of {job['max_attempts']}")
-    table.add_row("cost", f"{job['cost']['display']} of at most ${job['cost']['cap'] / 1e6:.2f}")
+    rows = [
+        ("job", job["id"]),
+        ("base", str(job.get("base", ""))),
+        ("attempt", f"{job['attempt']} of {job.get('max_attempts', '?')}"),
+        ("cost", f"{job['cost']['display']} of at most ${job['cost'].get('cap', 0) / 1e6:.2f}"),
+    ]
     if job.get("retry_at"):
-        table.add_row("next try", job["retry_at"])
-    for state, seconds in durations(job).items():
-        table.add_row(f"in {state}", f"{seconds:.1f} s")
-    for item in job["result_files"]:
-        table.add_row(item["name"], f"{item['bytes']} bytes, sha256 {item['sha256'][:12]}…")
-    out.print(table)
+        rows.append(("next try", job["retry_at"]))
+    rows += [(f"in {state}", f"{span:.1f} s") for state, span in durations(job).items()]
+    rows += [
+        (item["name"], f"{_mb(item['bytes'])}  sha256 {item['sha256']}")
+        for item in job["result_files"]
+    ]
+    out.print()
+    print_rows(out, rows)
 
 
 def logs(
     job_id: JobId,
     following: Annotated[bool, typer.Option("--follow", "-f", help="As they come.")] = False,
-    as_json: AsJson = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON document; with -f a line per event.")
+    ] = False,
 ) -> None:
     """Print a job's events and the agent's log lines.
 
     Example: stoker logs -f job_01JD…
     """
     client = Client.here()
-    after = 0
+    found: list[Mapping[str, Any]] = []
+    after, ended = 0, not following
     while True:
-        page = client.get(f"/v1/jobs/{job_id}/events", after=after, limit=500)
+        page = client.get(f"{job_path(job_id)}/events", after=after, limit=500)
         for event in page["data"]:
-            if as_json:
-                sys.stdout.write(json.dumps(event) + "\n")
-            else:
+            if not as_json:
                 _print_event(event)
-        sys.stdout.flush()
+            elif following:
+                print_line(event)
+            else:
+                found.append(event)
         after = page["next_after"]
         if page["has_more"]:
             continue
-        if not following or client.get(f"/v1/jobs/{job_id}")["status"] in ENDED:
-            return
-        time.sleep(1)
+        if ended:
+            break
+        # looked at before the next page: what came until the end is on it
+        ended = client.job(job_id)["status"] in ENDED
+        if not ended:
+            time.sleep(LOGS_S)
+    if as_json and not following:
+        print_json(found)
 
 
 def _print_event(event: Mapping[str, Any]) -> None:
@@ -272,10 +351,30 @@ def _print_event(event: Mapping[str, Any]) -> None:
         return
     if event["type"] == "log.lines":
         for line in event["data"].get("lines", []):
-            out.print(f"{event['at']}  {line}", markup=False)
+            out.print(f"{event['at']}  | {line}", markup=False, soft_wrap=True)
         return
-    data = {key: value for key, value in event["data"].items() if key != "points"}
-    out.print(f"{event['at']}  {event['type']}  {json.dumps(data)}", markup=False)
+    words = _event_words(event["type"], event["data"])
+    out.print(f"{event['at']}  {event['type']}  {words}".rstrip(), markup=False, soft_wrap=True)
+
+
+def _event_words(kind: str, data: Mapping[str, Any]) -> str:
+    """`key=value …`, without the points of curves; of files only the names."""
+    if kind == "transition":
+        why = (data.get("reason") or {}).get("message") or data.get("cause", "")
+        return f"{data.get('from', '?')} -> {data.get('to', '?')}" + (f" ({why})" if why else "")
+    return " ".join(
+        f"{key}={_value_words(value)}"
+        for key, value in data.items()
+        if key != "points" and value is not None
+    )
+
+
+def _value_words(value: Any) -> str:
+    if isinstance(value, list) and all(isinstance(item, dict) and "name" in item for item in value):
+        return ",".join(str(item["name"]) for item in value)
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False) if " " in value or "\n" in value else value
+    return json.dumps(round(value, 5) if isinstance(value, float) else value, ensure_ascii=False)
 
 
 def get(
@@ -300,24 +399,35 @@ def fetch_results(
     client: Client, job_id: str, folder: Path, *, name: str = ""
 ) -> list[dict[str, Any]]:
     """Download result files; each checked against the server's SHA-256."""
-    job = client.get(f"/v1/jobs/{job_id}")
+    job = client.job(job_id)
     wanted = [item for item in job["result_files"] if not name or item["name"] == name]
     if not wanted:
         known = ", ".join(item["name"] for item in job["result_files"])
         why = f"it has {known}" if known else f"it is {job['status']}"
-        raise CliError(f"job {job_id} has no such result file", why, "", Exit.NOT_FOUND)
+        what = f"job {job_id} has no " + (f"file {name}" if name else "result files")
+        then = f"`stoker show {job_id}`" if known or job["status"] in ENDED else "wait for its end"
+        raise CliError(what, why, then, Exit.NOT_FOUND)
     got = []
     for item in wanted:
-        target = folder / item["name"]
+        target = _inside(folder, item["name"])
         target.parent.mkdir(parents=True, exist_ok=True)
-        client.download(f"/v1/jobs/{job_id}/artifacts/{item['name']}", target)
+        client.download(f"{job_path(job_id)}/artifacts/{quote(item['name'])}", target)
         with target.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         if digest != item["sha256"]:
             target.unlink()
-            raise CliError(f"{item['name']} arrived damaged", "", "try again")
+            why = f"its SHA-256 is {digest}, not {item['sha256']}"
+            raise CliError(f"{item['name']} arrived damaged", why, "try again")
         got.append({"name": item["name"], "path": str(target.resolve()), "sha256": digest})
     return got
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """Where `name` goes; the server's word is not enough to write outside of `folder`."""
+    target = folder / name
+    if not target.resolve().is_relative_to(folder.resolve()):
+        raise CliError("the server names a file outside of the folder", name, "do not trust it")
+    return target
 
 
 def cancel(job_id: JobId, as_json: AsJson = False) -> None:
@@ -337,7 +447,7 @@ def retry(job_id: JobId, as_json: AsJson = False) -> None:
 
 
 def _act(job_id: str, verb: str, as_json: bool) -> None:
-    job = Client.here().post(f"/v1/jobs/{job_id}/{verb}")
+    job = Client.here().post(f"{job_path(job_id)}/{verb}")
     if as_json:
         print_json(job)
     else:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import socket
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 from infra.embedded import Program
 from infra.settings import Settings
+from orchestrator.cli.console import CliError, Exit
 
 #: Threads of one worker: tasks wait for the network, not for the processor.
 WORKER_THREADS = 16
@@ -17,11 +20,49 @@ WEB_WORKERS = 2
 WEB_THREADS = 16
 
 
+def address(bind: str) -> tuple[str, int]:
+    """Host and port of `HOST:PORT`, `:PORT` or `PORT`. Raises: CliError."""
+    host, _, port = bind.strip().rpartition(":")
+    if not port.isdecimal() or int(port) > 65535:
+        raise CliError(
+            f"{bind!r} is no address to listen on",
+            "it must be HOST:PORT",
+            "for example --bind 127.0.0.1:8400",
+            Exit.USAGE,
+        )
+    return host.strip("[]") or "127.0.0.1", int(port)
+
+
+def check_free(host: str, port: int, then: str) -> None:
+    """Raises: CliError, when nobody can listen there; `then` is what to do about it."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        with socket.socket(found[0][0], socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(found[0][4])
+    except OSError as error:
+        taken = f"port {port} is taken" if error.errno == errno.EADDRINUSE else ""
+        raise CliError(
+            taken or f"nothing can listen on {host}:{port}",
+            "another program listens on it" if taken else str(error.strerror),
+            then,
+        ) from None
+
+
+def last_line(log: Path) -> str:
+    """What a process said last; empty when it said nothing."""
+    try:
+        lines = log.read_text(errors="replace")[-4000:].strip().splitlines()
+    except OSError:
+        return ""
+    return lines[-1][:300] if lines else ""
+
+
 def web_argv(bind: str, workers: int = WEB_WORKERS) -> tuple[str, ...]:
-    host, _, port = bind.rpartition(":")
+    host, port = address(bind)
     return (
         sys.executable, "-m", "granian", "--interface", "wsgi", "--factory",
-        "--host", host or "127.0.0.1", "--port", port, "--workers", str(workers),
+        "--host", host, "--port", str(port), "--workers", str(workers),
         "--blocking-threads", str(WEB_THREADS), "--backlog", "1024", "--no-ws",
         "--log-level", "warning", "--respawn-failed-workers", "orchestrator.wsgi:make_app",
     )  # fmt: skip

@@ -2,30 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
+import ipaddress
 import json
 import os
 import secrets
 import signal
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
+import requests
 import typer
-from rich.table import Table
 
 from infra import embedded
 from infra.crypto import SecretBox
 from infra.migrations import current, upgrade
-from infra.settings import Settings
+from infra.settings import Settings, SettingsError
 from infra.wiring import Services, utc_now
 from orchestrator.api.ids import new_id
 from orchestrator.checks import ready_checks
-from orchestrator.cli.client import credentials_file
-from orchestrator.cli.console import CliError, Exit, err, out, print_json
-from orchestrator.cli.processes import beat_argv, become, program, web_argv, worker_argv
+from orchestrator.cli.client import beside, beside_file
+from orchestrator.cli.console import CliError, Exit, err, out, print_json, print_rows
+from orchestrator.cli.processes import (
+    address,
+    beat_argv,
+    become,
+    check_free,
+    last_line,
+    program,
+    web_argv,
+    worker_argv,
+)
 from state.diagram import markdown
 from state.errors import StokerError
 from state.events import ApiKey
@@ -34,6 +47,12 @@ from tasks.deallocate import sweep as sweep_account
 
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 SCOPES = frozenset({"jobs:read", "jobs:write", "operator"})
+#: The name of the key that `up` makes for commands on its machine.
+LOCAL_KEY = "stoker up on this machine"
+#: Listening there is listening everywhere; calling there is calling ourselves.
+ANY_HOST = ("0.0.0.0", "::")  # noqa: S104 -- only compared with
+#: Seconds for the web process to answer.
+READY_S = 30.0
 
 
 def register(app: typer.Typer) -> None:
@@ -51,8 +70,12 @@ def register(app: typer.Typer) -> None:
 
 
 def here() -> Settings:
-    """The settings of this installation; embedded servers that run here are filled in."""
+    """The settings of this installation: the environment's, then those of a `stoker up` here."""
     settings = Settings.from_env()
+    known = beside(settings)
+    if known is not None:
+        given = {name: value for name, value in os.environ.items() if value}
+        return Settings.from_env({**known["env"], **given})
     return embedded.running(settings) or settings
 
 
@@ -60,35 +83,94 @@ def here() -> Settings:
 
 
 def up(
-    bind: Annotated[str, typer.Option(help="Address and port of the API.")] = "127.0.0.1:8400",
+    bind: Annotated[
+        str, typer.Option(help="Address of the API; default: STOKER_BIND, 127.0.0.1:8400.")
+    ] = "",
 ) -> None:
     """Run everything: web, worker, beat, and the servers that no setting names.
 
     Example: VAST_API_KEY=… STOKER_PUBLIC_URL=https://… stoker up
     """
-    settings = dataclasses.replace(Settings.from_env(), bind=bind)
+    settings = _settings_of_up(bind)
+    host, port = address(settings.bind)
+    check_free(host, port, f"end it, or `stoker up --bind {host}:{port + 10}`")
     over = _until_signal()
     with embedded.start(settings, progress=_say) as servers:
         settings = servers.settings
         prepare(settings)
         for name, argv in (
-            ("web", web_argv(bind)),
+            ("web", web_argv(settings.bind)),
             ("worker", worker_argv()),
             ("beat", beat_argv()),
         ):
             servers.run(program(name, argv, settings))
-        key = _local_key(Services(settings))
-        known = {"url": f"http://{bind}", "key": key}
-        path = credentials_file(settings)
-        path.touch(0o600)
-        path.write_text(json.dumps(known))
-        err.print(f"Stoker runs at http://{bind}; logs in {settings.data_dir / 'logs'}")
-        err.print("next: stoker doctor, stoker train --help; Ctrl-C ends it", markup=False)
-        try:
+        url = f"http://{'127.0.0.1' if host in ANY_HOST else host}:{port}"
+        _until_answers(url, settings, over)
+        with _local_client(url, settings):
+            err.print(f"Stoker runs at {url}; logs in {settings.data_dir / 'logs'}", markup=False)
+            if is_local(settings.public_url) and settings.vast_url == Settings.vast_url:
+                err.print(
+                    f"warning: rented machines cannot reach {settings.public_url}; "
+                    "set STOKER_PUBLIC_URL",
+                    markup=False,
+                )
+            err.print("next: `stoker doctor`, `stoker train --help`; Ctrl-C ends it", markup=False)
             over.wait()
-        finally:
-            path.unlink(missing_ok=True)
         err.print("ending …")
+
+
+def _settings_of_up(bind: str) -> Settings:
+    settings = Settings.from_env()
+    if not settings.vast_api_key.reveal():
+        raise CliError(
+            "VAST_API_KEY is not set",
+            "without it no GPU can be rented, nor any be given back",
+            "set it (Vast.ai shows it under Account), or rehearse: `stoker sandbox serve`",
+            Exit.USAGE,
+        )
+    settings = dataclasses.replace(settings, bind=bind or settings.bind)
+    if settings.public_url == Settings.public_url:  # not set: at least it is the right port
+        host, port = address(settings.bind)
+        host = "127.0.0.1" if host in ANY_HOST else host
+        settings = dataclasses.replace(settings, public_url=f"http://{host}:{port}")
+    return settings
+
+
+def _until_answers(url: str, settings: Settings, over: threading.Event) -> None:
+    """Wait for the web process. Raises: CliError, when it does not come."""
+    _say("web, worker, beat", "starting")
+    deadline = time.monotonic() + READY_S
+    while not over.wait(0.1):
+        with contextlib.suppress(requests.RequestException):
+            if requests.get(f"{url}/healthz", timeout=5).ok:
+                _say("web, worker, beat", "ready")
+                return
+        if time.monotonic() > deadline:
+            log = settings.data_dir / "logs" / "web.log"
+            raise CliError("the web process does not answer", last_line(log), f"its log is {log}")
+
+
+@contextlib.contextmanager
+def _local_client(url: str, settings: Settings) -> Iterator[None]:
+    """A key for commands on this machine, good for as long as the block runs."""
+    have = Services(settings)
+    for stale in _local_keys(have):  # of one that was killed
+        revoke_key(have, stale)
+    key = make_key(have, owner="local", name=LOCAL_KEY, scopes=SCOPES)
+    path = beside_file(settings)
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        json.dump({"url": url, "key": key, "pid": os.getpid(), "env": settings.to_env()}, file)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        for name in _local_keys(have):
+            revoke_key(have, name)
+
+
+def _local_keys(have: Services) -> list[str]:
+    with have.store.transaction() as tx:
+        return [key.id for key in tx.api_keys() if key.name == LOCAL_KEY and not key.revoked_at]
 
 
 def _say(name: str, state: str) -> None:
@@ -108,30 +190,32 @@ def prepare(settings: Settings) -> None:
     Services(settings).storage.ensure_bucket()
 
 
-def _local_key(have: Services) -> str:
-    return make_key(have, owner="local", name="stoker up on this machine", scopes=SCOPES)
-
-
 def serve(
-    bind: Annotated[str, typer.Option(help="Address and port.")] = "",
-    workers: Annotated[int, typer.Option(help="Processes.")] = 2,
+    bind: Annotated[
+        str, typer.Option(help="Address and port; default: STOKER_BIND, 127.0.0.1:8400.")
+    ] = "",
+    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 2,
 ) -> None:
     """Run the web server (granian) in the foreground.
 
     Example: stoker serve --bind 0.0.0.0:8400
     """
-    settings = _with_env(here())
-    become(web_argv(bind or settings.bind, workers))
+    settings = _ready_to_run()
+    where = bind or settings.bind
+    host, port = address(where)
+    check_free(host, port, f"end it, or `stoker serve --bind {host}:{port + 10}`")
+    become(web_argv(where, workers))
 
 
 def worker(
-    concurrency: Annotated[int, typer.Option(help="Tasks at the same time.")] = 16,
+    concurrency: Annotated[int, typer.Option(min=1, help="Tasks at the same time.")] = 16,
 ) -> None:
     """Run a Celery worker in the foreground. As many as wanted may run.
 
     Example: stoker worker --concurrency 32
     """
-    _with_env(here())
+    if not _ready_to_run().vast_api_key.reveal():
+        raise SettingsError("VAST_API_KEY is not set; Vast.ai shows it under Account")
     become(worker_argv(concurrency))
 
 
@@ -140,41 +224,109 @@ def beat() -> None:
 
     Example: stoker beat
     """
-    _with_env(here())
+    _ready_to_run()
     become(beat_argv())
 
 
-def _with_env(settings: Settings) -> Settings:
+def _ready_to_run() -> Settings:
+    """This installation's settings, put into the environment of what this process becomes.
+
+    Raises:
+        SettingsError: one that every process needs is missing.
+    """
+    settings = here()
+    for name, value in (
+        ("DATABASE_URL", settings.database_url.reveal()),
+        ("REDIS_URL", settings.redis_url.reveal()),
+        ("STOKER_SECRET_KEYS", settings.secret_keys),
+    ):
+        if not value:
+            raise SettingsError(f"{name} is not set; `stoker up` brings what is missing")
     os.environ.update(settings.to_env())
     return settings
 
 
 def sandbox_serve(
     port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8410,
-    base_models: Annotated[Path | None, typer.Option(help="Files for its Civitai.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    base_models: Annotated[
+        Path | None,
+        typer.Option(help="Files for its Civitai, and an index.json: {version: file}."),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Machines' directories; else temporary.")
+    ] = None,
     time_scale: Annotated[float, typer.Option(help="Market seconds per second.")] = 1.0,
     boot: Annotated[float | None, typer.Option(help="Market seconds to boot a machine.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the market's offers.")] = 0,
+    credit: Annotated[float, typer.Option(help="Dollars on the account.")] = 100.0,
+    seed: Annotated[int, typer.Option(help="Of the market's offers and of its faults.")] = 0,
+    faults: Annotated[
+        Path | None, typer.Option(help="JSON file: what goes wrong with which calls.")
+    ] = None,
+    fault_rate: Annotated[
+        float, typer.Option(min=0, max=1, help="Chance per call of some trouble.")
+    ] = 0.0,
+    rate_limits: Annotated[
+        bool, typer.Option("--rate-limits", help="Refuse calls as Vast does.")
+    ] = False,
+    keep_logs: Annotated[
+        bool, typer.Option("--keep-logs", help="Keep what machines printed.")
+    ] = False,
 ) -> None:
-    """Run a Vast.ai sandbox: real API, machines are local processes, nothing is spent.
+    """Run a Vast.ai sandbox: its API for real, its machines local processes, nothing is spent.
 
-    Example: stoker sandbox serve --port 8410, then VAST_URL=http://127.0.0.1:8410 stoker up
+    It prints what to set for `stoker up`. SANDBOX_ACCOUNT_KEY and SANDBOX_CIVITAI_KEY choose the
+    keys; else they are fresh.
+
+    Example: stoker sandbox serve --port 8410 --fault-rate 0.1
     """
+    from infra.sandbox.faults import read_faults
     from infra.sandbox.server import running_sandbox
 
-    key = os.environ.get("SANDBOX_ACCOUNT_KEY") or secrets.token_hex(16)
+    if base_models and not (base_models / "index.json").is_file():
+        raise CliError(
+            f"{base_models} is no folder of base models",
+            "it has no index.json",
+            'write one, such as {"1": "base.safetensors"}',
+            Exit.USAGE,
+        )
+    try:
+        trouble = read_faults(faults.read_text()) if faults else []
+    except ValueError as error:
+        what = f"{faults} cannot be read as faults"
+        raise CliError(what, str(error), "docs/production.md has an example", Exit.USAGE) from None
+    if port:
+        check_free(host, port, "end it, or take a free one with --port 0")
+    keys = {
+        name: os.environ.get(name) or secrets.token_hex(16)
+        for name in ("SANDBOX_ACCOUNT_KEY", "SANDBOX_CIVITAI_KEY")
+    }
     over = _until_signal()
     with running_sandbox(
-        account_key=key,
+        account_key=keys["SANDBOX_ACCOUNT_KEY"],
+        civitai_key=keys["SANDBOX_CIVITAI_KEY"],
         base_model_dir=base_models,
+        data_dir=data,
+        host=host,
         port=port,
         time_scale=time_scale,
         boot_s=boot,
+        credit=credit,
         seed=seed,
+        faults=trouble,
+        fault_rate=fault_rate,
+        rate_limits=rate_limits,
+        keep_logs=keep_logs,
     ) as sandbox:
-        out.print(f"VAST_URL={sandbox.url}", markup=False)
-        if "SANDBOX_ACCOUNT_KEY" not in os.environ:
-            out.print(f"VAST_API_KEY={key}", markup=False)
+        said = {"VAST_URL": sandbox.url, "VAST_API_KEY": keys["SANDBOX_ACCOUNT_KEY"]}
+        if base_models:
+            said["CIVITAI_URL"] = sandbox.url
+            said["CIVITAI_API_KEY"] = keys["SANDBOX_CIVITAI_KEY"]
+            said["STOKER_PRIVATE_BASES"] = "1"
+        if not rate_limits:
+            said["STOKER_VAST_PACE"] = "0"
+        for name, value in said.items():
+            print(f"{name}={value}", flush=True)
         err.print("the sandbox runs; Ctrl-C ends it and its machines", markup=False)
         over.wait()
 
@@ -216,7 +368,8 @@ def create(
             f"known are {', '.join(sorted(SCOPES))}",
             Exit.USAGE,
         )
-    out.print(make_key(Services(here()), owner=owner, name=name, scopes=scopes), markup=False)
+    print(make_key(Services(here()), owner=owner, name=name, scopes=scopes))
+    err.print("it is shown this once; send it as `Authorization: Bearer …`", markup=False)
 
 
 def ls(as_json: AsJson = False) -> None:
@@ -226,7 +379,7 @@ def ls(as_json: AsJson = False) -> None:
     """
     with Services(here()).store.transaction() as tx:
         keys = tx.api_keys()
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "id": key.id,
             "name": key.name,
@@ -240,13 +393,16 @@ def ls(as_json: AsJson = False) -> None:
     if as_json:
         print_json(rows)
         return
-    table = Table("ID", "NAME", "OWNER", "SCOPES", "REVOKED", box=None, pad_edge=False)
-    for row in rows:
-        table.add_row(
-            str(row["id"]), str(row["name"]), str(row["owner"]),
-            ", ".join(row["scopes"] or ()), str(row["revoked_at"] or ""),
-        )  # fmt: skip
-    out.print(table)
+    if not rows:
+        err.print("no keys; `stoker keys create NAME` makes one", markup=False)
+        return
+    title = ("ID", "NAME", "OWNER", "SCOPES", "REVOKED")
+    print_rows(out, [title, *(_key_row(row) for row in rows)])
+
+
+def _key_row(row: Mapping[str, Any]) -> tuple[str, ...]:
+    revoked = (row["revoked_at"] or "-")[:19]
+    return row["id"], row["name"], row["owner"], ",".join(row["scopes"]), revoked
 
 
 def revoke(key_id: Annotated[str, typer.Argument(help="As `stoker keys ls` shows it.")]) -> None:
@@ -254,12 +410,20 @@ def revoke(key_id: Annotated[str, typer.Argument(help="As `stoker keys ls` shows
 
     Example: stoker keys revoke key_01JD…
     """
-    with Services(here()).store.transaction() as tx:
-        found = next((key for key in tx.api_keys() if key.id == key_id), None)
-        if found is None:
-            raise CliError(f"there is no key {key_id}", "", "stoker keys ls", Exit.NOT_FOUND)
-        tx.save_api_key(dataclasses.replace(found, revoked_at=utc_now()))
+    if not revoke_key(Services(here()), key_id):
+        raise CliError(
+            f"there is no key {key_id}", "", "`stoker keys ls` lists them", Exit.NOT_FOUND
+        )
     out.print(f"{key_id} is revoked", markup=False)
+
+
+def revoke_key(have: Services, key_id: str) -> bool:
+    """Whether there was such a key. One that is revoked already stays as it is."""
+    with have.store.transaction() as tx:
+        found = next((key for key in tx.api_keys() if key.id == key_id), None)
+        if found is not None and found.revoked_at is None:
+            tx.save_api_key(dataclasses.replace(found, revoked_at=utc_now()))
+    return found is not None
 
 
 def secret() -> None:
@@ -267,7 +431,7 @@ def secret() -> None:
 
     Example: echo "STOKER_SECRET_KEYS=$(stoker keys secret)" >> .env
     """
-    out.print(SecretBox.new_key().reveal(), markup=False)
+    print(SecretBox.new_key().reveal())
 
 
 def db_upgrade() -> None:
@@ -292,8 +456,13 @@ def _database_url() -> str:
     url = here().database_url.reveal()
     if not url:
         raise CliError(
-            "no database is named", "DATABASE_URL is not set", "set it, or run `stoker up`"
+            "no database is named",
+            "DATABASE_URL is not set, and no `stoker up` runs here",
+            "set it, or run `stoker up`",
+            Exit.USAGE,
         )
+    if not url.startswith(("postgresql://", "postgres://", "postgresql+psycopg://")):
+        raise SettingsError("DATABASE_URL is no PostgreSQL address; it begins with postgresql://")
     return url
 
 
@@ -301,14 +470,17 @@ def _database_url() -> str:
 
 #: What to do about a part that is not well.
 MENDS = {
-    "database": "check DATABASE_URL, then `stoker db upgrade`",
-    "redis": "check REDIS_URL; jobs go on slowly without Redis, nothing is lost",
+    "database": "check DATABASE_URL and STOKER_SECRET_KEYS, then `stoker db upgrade`",
+    "redis": "check REDIS_URL; without Redis jobs go on slowly, nothing is lost",
     "s3": "check S3_ENDPOINT, S3_BUCKET and the AWS keys",
     "worker": "start `stoker worker`",
     "beat": "start `stoker beat`",
-    "vast": "check VAST_API_KEY and the account's credit",
-    "sweep": "see the worker's log: instances may be running unseen",
+    "vast": "check VAST_API_KEY, VAST_URL and the account's credit",
+    "public": "set STOKER_PUBLIC_URL to what rented machines can reach, and start `stoker serve`",
+    "sweep": "see the worker's log; instances may be running unseen",
 }
+#: Those that ask the database.
+BEHIND_DATABASE = ("worker", "beat", "sweep")
 
 
 def doctor(as_json: AsJson = False) -> None:
@@ -316,35 +488,69 @@ def doctor(as_json: AsJson = False) -> None:
 
     Example: stoker doctor
     """
-    have = Services(here())
-    checks: dict[str, Callable[[], str | None]] = {
-        **ready_checks(have),
-        "vast": lambda: _vast(have),
-        "sweep": lambda: _swept(have),
-    }
-    rows = [(name, _fault(check)) for name, check in checks.items()]
+    faults = examine(Services(here()))
     if as_json:
         print_json(
             {name: {"ok": not fault, "fault": fault, "mend": fault and MENDS[name]}
-             for name, fault in rows}
+             for name, fault in faults.items()}
         )  # fmt: skip
     else:
-        for name, fault in rows:
-            mark = "[green]✔[/]" if not fault else "[red]✘[/]"
-            out.print(f"{mark} {name:9}", "well" if not fault else "", end="" if fault else "\n")
-            if fault:
-                out.print(f"{fault}\n    mend: {MENDS[name]}", markup=False)
-    if any(fault for _, fault in rows):
+        for name, fault in faults.items():
+            words = f"{fault}; mend: {MENDS[name]}" if fault else "well"
+            out.print("[red]✘[/]" if fault else "[green]✔[/]", end=" ")
+            out.print(f"{name:9} {words}", markup=False, soft_wrap=True)
+    if any(faults.values()):
         raise typer.Exit(int(Exit.DOCTOR))
+
+
+def examine(have: Services) -> dict[str, str | None]:
+    """What is wrong with each part, in one line without secrets; None where all is well."""
+    checks: dict[str, Callable[[], str | None]] = {
+        **ready_checks(have),
+        "vast": lambda: _vast(have),
+        "public": lambda: _public(have.settings),
+        "sweep": lambda: _swept(have),
+    }
+    if not have.settings.redis_url.reveal():
+        checks["redis"] = lambda: "REDIS_URL is not set, and no `stoker up` runs here"
+    found: dict[str, str | None] = {}
+    for name, check in checks.items():
+        if found.get("database") and name in BEHIND_DATABASE:
+            found[name] = "cannot be told without the database"
+        else:
+            found[name] = _fault(check)
+    return found
 
 
 def _fault(check: Callable[[], str | None]) -> str | None:
     try:
-        return check()
-    except (StokerError, ValueError, OSError) as error:
-        return str(error) or type(error).__name__
+        found = check()
+    except (StokerError, SettingsError) as error:
+        found = str(error) or type(error).__name__
     except Exception as error:  # noqa: BLE001 -- the doctor names every fault, whatever it is
-        return f"{type(error).__name__}"
+        # its text might hold a URL with a password
+        found = type(error).__name__
+    return " ".join(found.split())[:300] if found else None
+
+
+def _public(settings: Settings) -> str | None:
+    url = settings.public_url
+    if is_local(url) and settings.vast_url == Settings.vast_url:
+        return f"rented machines cannot reach {url}"
+    try:
+        answer = requests.get(f"{url}/healthz", timeout=5, allow_redirects=False)
+    except requests.RequestException as error:
+        return f"{url} does not answer ({type(error).__name__})"
+    return None if answer.ok else f"{url}/healthz answers {answer.status_code}"
+
+
+def is_local(url: str) -> bool:
+    """Whether only this machine, or its own network, can reach `url`."""
+    host = urlsplit(url).hostname or ""
+    try:
+        return not ipaddress.ip_address(host).is_global
+    except ValueError:
+        return "." not in host or host.endswith((".local", ".localhost", ".internal"))
 
 
 def _vast(have: Services) -> str | None:
@@ -374,13 +580,21 @@ def sweep(
     swept: Swept = sweep_account(keeper, have.settings.deployment, dry_run=dry_run)
     if as_json:
         print_json(dataclasses.asdict(swept))
-    elif swept.unreadable:
-        err.print(f"the list could not be read, nothing was done: {swept.unreadable}", markup=False)
-    else:
-        words: dict[str, Any] = dataclasses.asdict(swept)
-        out.print(", ".join(f"{name}: {value or 0}" for name, value in words.items()), markup=False)
+        if swept.unreadable:
+            raise typer.Exit(int(Exit.FAILED))
+        return
     if swept.unreadable:
-        raise typer.Exit(int(Exit.FAILED))
+        raise CliError(
+            "the account's list could not be read, so nothing was done",
+            swept.unreadable,
+            "`stoker doctor` looks at Vast",
+        )
+    rows = [
+        (name, ", ".join(value) or "none" if isinstance(value, tuple) else str(value))
+        for name, value in dataclasses.asdict(swept).items()
+        if name != "unreadable"
+    ]
+    print_rows(out, rows)
 
 
 def diagram() -> None:
