@@ -25,6 +25,7 @@ from orchestrator.cli.follow import ENDED
 from orchestrator.cli.jobs import photo_files, upload_dataset
 from orchestrator.cli.receiver import Receiver
 from orchestrator.cli.stage import TINY_BASE, Stage, descendants, free_port, is_running
+from state.errors import StoreUnavailable
 from state.job import Job
 from state.lease import Lease
 
@@ -41,11 +42,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def until(condition: Callable[[], Any], what: str, seconds: float = 60.0) -> Any:
     """What `condition` brings as soon as that is true; fails, saying `what`, when it is late."""
     deadline = time.monotonic() + seconds
-    while not (got := condition()):
+    while True:
+        with contextlib.suppress(StoreUnavailable):  # a database that was killed comes back
+            if got := condition():
+                return got
         if time.monotonic() > deadline:
             pytest.fail(f"after {seconds:.0f} s still not: {what}")
         time.sleep(0.02)
-    return got
 
 
 class Stoker:
@@ -107,11 +110,17 @@ class Stoker:
         assert self.stage.servers is not None
         return self.stage.servers.pids
 
-    def kill(self, name: str) -> None:
-        """SIGKILL for web, worker, beat …: the supervisor starts it again."""
-        if pid := self.pids().get(name):
+    def kill(self, name: str) -> int | None:
+        """SIGKILL for web, worker, beat …, which the supervisor starts again; the process id."""
+        pid = self.pids().get(name)
+        if pid is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+        return pid
+
+    def machines_ever(self) -> set[str]:
+        """Ids of all instances that ever ran: the sandbox keeps a log of each."""
+        return {path.stem for path in (self.stage.root / "sandbox" / "logs").glob("*.log")}
 
     def machine(self, job_id: str) -> frozenset[int]:
         """The processes of the machine that the job runs on."""
@@ -140,6 +149,11 @@ class Customer(Receiver):
     def __init__(self) -> None:
         self.secret = wire.new_secret()
         super().__init__(self.secret)
+
+
+@pytest.fixture(scope="session")
+def new_customer() -> type[Customer]:
+    return Customer
 
 
 @pytest.fixture
