@@ -242,9 +242,10 @@ def take_reports(
     tx: Transaction, reports: Sequence[Report], now: datetime, rules: Policy = policy.DEFAULT
 ) -> list[Taken]:
     """Apply a group of verified reports, in the order given. Duplicates do nothing."""
-    known = tx.known_reports([report.webhook_id for report in reports])
     pen = _Pen(tx, now, rules)
+    # Locked first: while we wait for a job, another process may take the same report.
     jobs = tx.jobs({report.job for report in reports}, lock=True)
+    known = tx.known_reports([report.webhook_id for report in reports])
     touched: set[str] = set()
     outcomes: list[tuple[Outcome, tuple[Order, ...]]] = []
     for report in reports:
