@@ -209,7 +209,10 @@ def _running(root: Path, scale: Scale, customer: Customer, say: Say) -> Iterator
         dataset = upload_dataset(client, root / "photos", _photos(root / "photos"))
         ready = f"/v1/datasets/{dataset}"
         _until(lambda: client.get(ready)["status"] == "ready", "the dataset", READY_S)
-        yield _Place(scale, settings, services, sandbox, servers, client, key, customer, dataset)
+        with contextlib.closing(services.store):
+            yield _Place(
+                scale, settings, services, sandbox, servers, client, key, customer, dataset
+            )
 
 
 def _hosts(count: int) -> list[Host]:

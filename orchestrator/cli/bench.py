@@ -1,0 +1,202 @@
+"""`stoker bench`: what this machine can do, beside the limits measured in the same run.
+
+Benches judge nothing: they print each figure with its bar, and end with 0.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from infra import embedded
+from infra.settings import Settings
+from orchestrator.cli.console import err, out, print_json
+from state.events import Secret
+
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+#: (what, figure, beside it: its limit or bar)
+Row = tuple[str, str, str]
+
+
+def register(app: typer.Typer) -> None:
+    group = typer.Typer(
+        help="Measure this machine, beside its own limits. Takes a minute or two each.",
+        no_args_is_help=True,
+    )
+    for command in (webhooks, latency, reconcile):
+        group.command()(command)
+    app.add_typer(group, name="bench")
+
+
+def webhooks(
+    seconds: Annotated[float, typer.Option(min=0.5, max=20, help="For each measurement.")] = 5.0,
+    as_json: AsJson = False,
+) -> None:
+    """Durable reports per second, beside PostgreSQL's single commits and a bare Flask.
+
+    Example: stoker bench webhooks --json
+    """
+    from orchestrator.bench import webhooks as bench
+
+    with _database() as url:
+        _show(bench.run(url, seconds=seconds, say=_say), _webhook_rows, as_json=as_json)
+
+
+def latency(
+    queued: Annotated[int, typer.Option(min=1, max=50, help="Jobs that no machine fits.")] = 50,
+    jobs: Annotated[int, typer.Option(min=1, max=100, help="Jobs to order.")] = 50,
+    as_json: AsJson = False,
+) -> None:
+    """How soon a job's machine is asked for, and a customer hears of a fact, while jobs queue.
+
+    Example: stoker bench latency --json
+    """
+    from orchestrator.bench import latency as bench
+
+    scale = bench.Scale(queued=queued, submits=jobs, burst=jobs)
+    measured = bench.run(Settings.from_env().data_dir, scale=scale, say=_say)
+    _show(measured, _latency_rows, as_json=as_json)
+
+
+def reconcile(
+    passes: Annotated[int, typer.Option(min=1, max=200, help="Over each database.")] = 25,
+    as_json: AsJson = False,
+) -> None:
+    """What a reconcile pass costs with 1,000 and 10,000 active jobs, and beside 100,000 old ones.
+
+    Example: stoker bench reconcile --json
+    """
+    from orchestrator.bench import reconcile as bench
+
+    with _database() as url:
+        _show(bench.run(url, passes=passes, say=_say), _reconcile_rows, as_json=as_json)
+
+
+# --- where ------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _database() -> Iterator[str]:
+    """DATABASE_URL where it is set, else a PostgreSQL for this run alone.
+
+    Benches make databases of their own on it and drop them.
+    """
+    settings = Settings.from_env()
+    if settings.database_url.reveal():
+        yield settings.database_url.reveal()
+        return
+    settings.data_dir.mkdir(parents=True, exist_ok=True)
+    nowhere = Secret("redis://none.invalid")  # named, so that only PostgreSQL is started
+    with (
+        tempfile.TemporaryDirectory(prefix="bench-", dir=settings.data_dir) as folder,
+        embedded.start(
+            dataclasses.replace(
+                settings,
+                data_dir=Path(folder),
+                redis_url=nowhere,
+                s3_endpoint="http://none.invalid",
+            )
+        ) as servers,
+    ):
+        yield servers.settings.database_url.reveal()
+
+
+def _say(line: str) -> None:
+    err.print(f"  {line}", markup=False)
+
+
+# --- what it says -----------------------------------------------------------------------------
+
+
+def _show(
+    measured: Mapping[str, Any],
+    rows_of: Callable[[Mapping[str, Any]], list[Row]],
+    *,
+    as_json: bool,
+) -> None:
+    if as_json:
+        print_json(measured)
+        return
+    ran_on = ", ".join(f"{name} {value}" for name, value in measured["ran_on"].items())
+    out.print(f"ran on: {ran_on}", markup=False)
+    table = Table("WHAT", "FIGURE", "BESIDE", box=None, pad_edge=False)
+    for row in rows_of(measured):
+        table.add_row(*row)
+    out.print(table)
+
+
+def _webhook_rows(measured: Mapping[str, Any]) -> list[Row]:
+    got, limits = measured["receiver"], measured["limits"]
+    before, after = limits["postgres_before_after"]
+    return [
+        (
+            "PostgreSQL, single commits",
+            f"{limits['postgres_commits_per_s']}/s",
+            f"before {before}, after {after}",
+        ),
+        ("bare Flask", f"{limits['bare_flask_per_s']}/s", ""),
+        ("durable reports", f"{got['per_s']}/s", ""),
+        ("to PostgreSQL's limit", f"{measured['ratio']}", "bar: at least 0.5"),
+        ("p50, p99, max", f"{got['p50_ms']}, {got['p99_ms']}, {got['max_ms']} ms", "bar: p99 100"),
+        ("answers by status", str(got["statuses"]), ""),
+    ]
+
+
+def _latency_rows(measured: Mapping[str, Any]) -> list[Row]:
+    rows, limits, ratios = [], measured["limits"], measured["ratios"]
+    bar = f"bar: p95 {measured['bar_ms']:.0f} ms"
+    for name, words, beside in (
+        ("submit_to_create", "order to create call", bar),
+        ("fact_to_webhook", "fact to webhook", bar),
+        ("burst_to_create", "the same, all at once", "no bar"),
+    ):
+        got = measured["latency"][name]
+        if got["count"]:
+            missing = f", {got['missing']} never" if got["missing"] else ""
+            figure = f"{got['p50_ms']}, {got['p95_ms']}, {got['max_ms']} ms{missing}"
+            rows.append((f"{words}: p50, p95, max of {got['count']}", figure, beside))
+    rows += [
+        ("one request, alone", f"{limits['http_ms']} ms", ""),
+        ("one commit, alone", f"{limits['commit_ms']} ms", ""),
+        ("one search at the market, alone", f"{limits['market_ms']} ms", ""),
+        (
+            "p50 to its parts alone",
+            f"create {ratios['create_p50_to_parts_alone']},"
+            f" webhook {ratios['webhook_p50_to_parts_alone']}",
+            "",
+        ),
+    ]
+    for name, value in measured["memory_mb"].items():
+        shown = " + ".join(map(str, value)) if isinstance(value, list) else str(value)
+        rows.append((f"memory: {name}", f"{shown} MB", "bar: 60 MB" if name == "agent" else ""))
+    return rows
+
+
+def _reconcile_rows(measured: Mapping[str, Any]) -> list[Row]:
+    rows, limits, ratios = [], measured["limits"], measured["ratios"]
+    for case in measured["cases"].values():
+        rows.append(
+            (
+                f"{case['active']} active, {case['due']} due, {case['finished']} finished",
+                f"{case['median_ms']} ms",
+                f"{case['min_ms']} to {case['max_ms']}",
+            )
+        )
+    bar = measured["bar"]["many_to_few"]
+    return [
+        *rows,
+        ("many active to few", f"{ratios['many_to_few']}", f"bar: at most {bar}"),
+        ("many finished to none", f"{ratios['finished_to_none']}", f"bar: at most {bar}"),
+        (
+            f"{limits['transactions']} commits alone",
+            f"{limits['commits_alone_ms']} ms",
+            f"the pass takes {ratios['few_to_commits_alone']} of it",
+        ),
+    ]
