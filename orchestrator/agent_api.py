@@ -159,7 +159,8 @@ class Doorkeeper:
 
     def _give_up(self, job: Job, error: StokerError) -> None:
         """No later try will find this base model: say so on the job."""
-        reason = Reason(code="model.unavailable", message=str(error), retryable=False)
+        code = getattr(error, "code", "") or "model.unavailable"
+        reason = Reason(code=code, message=str(error), retryable=False)
         try:
             with self._deps.store.transaction() as tx:
                 if tx.job(job.id, lock=True).attempt != job.attempt:

@@ -21,14 +21,16 @@ GATHER_S = 0.002
 
 T = TypeVar("T")
 R = TypeVar("R")
+T_co = TypeVar("T_co", covariant=True)
+R_contra = TypeVar("R_contra", contravariant=True)
 
 
-class Waiter(Protocol[T, R]):
+class Waiter(Protocol[T_co, R_contra]):
     """One who waits for the outcome of its item. `answer` is called once, from another thread."""
 
     @property
-    def item(self) -> T: ...
-    def answer(self, result: R | None, error: BaseException | None = None) -> None: ...
+    def item(self) -> T_co: ...
+    def answer(self, result: R_contra | None, error: BaseException | None = None) -> None: ...
 
 
 class _Sleeper(Generic[T, R]):

@@ -82,6 +82,8 @@ class Scale:
     #: Orders sent all at once at the end, for a figure without a bar.
     burst: int = 50
     agent: bool = True
+    #: Share of Vast's spacing between calls that is kept.
+    pace: float = 0.0
 
 
 def run(data_dir: Path, *, scale: Scale = Scale(), say: Say = lambda line: None) -> dict[str, Any]:
@@ -178,7 +180,7 @@ def _running(root: Path, scale: Scale, customer: Customer, say: Say) -> Iterator
         bind=bind,
         private_webhooks=True,
         private_bases=True,
-        vast_pace=0.0,
+        vast_pace=scale.pace,
         vast_api_key=Secret(account),
         civitai_api_key=Secret(civitai),
     )

@@ -75,6 +75,7 @@ def test_a_job_for_an_unknown_dataset_is_refused(edge, client, alice, problem, w
         ({"base": "civitai:abc"}, "/base"),
         ({"base": "hf:../../etc"}, "/base"),
         ({"base": "s3:../secrets"}, "/base"),
+        ({"base": "s3:jobs/job_1/result/weights.safetensors"}, "/base"),
         ({"base": "http://models.example/x.safetensors"}, "/base"),
         ({"base": "file:///etc/passwd"}, "/base"),
         ({"base": "https://"}, "/base"),
