@@ -44,7 +44,7 @@ from orchestrator.bench.customer import Customer, ScriptedAgent
 from orchestrator.bench.place import children, commit_ms, machine, memory_mb
 from orchestrator.cli.client import Client
 from orchestrator.cli.jobs import upload_dataset
-from orchestrator.cli.processes import WEB_WORKERS, beat_argv, program, web_argv, worker_argv
+from orchestrator.cli.processes import WEB_WORKERS, programs
 from orchestrator.cli.servers import make_key, prepare
 from state.events import Secret
 from state.job import GpuNeeds
@@ -199,9 +199,8 @@ def _running(root: Path, scale: Scale, customer: Customer, say: Say) -> Iterator
             servers.settings, vast_url=sandbox.url, civitai_url=sandbox.url
         )
         prepare(settings)
-        web = web_argv(bind)
-        for name, argv in (("web", web), ("worker", worker_argv()), ("beat", beat_argv())):
-            servers.run(program(name, argv, settings))
+        for item in programs(settings):
+            servers.run(item)
         services = Services(settings)
         scopes = frozenset({"jobs:read", "jobs:write"})
         key = make_key(services, owner="bench", name="bench", scopes=scopes)

@@ -25,6 +25,7 @@ _NEXT = {
     401: "set STOKER_API_KEY to a key that is not revoked; `stoker keys create` makes one",
     403: "use a key with that scope; `stoker keys create --scope` makes one",
     404: "`stoker ps -a` lists what there is",
+    409: "`stoker show JOB` says where it stands",
     422: "correct it and try again",
 }
 #: What every job has; an answer without is none of Stoker's.
@@ -153,7 +154,7 @@ class Client:
         )
         why = faults or f"HTTP {status} {problem.get('code', '')}".strip()
         then = _NEXT.get(status, "")
-        if not then and problem.get("request_id"):
+        if status >= 500 and problem.get("request_id"):
             then = f"the server's log has more under request {problem['request_id']}"
         code = Exit.USAGE if status == 422 else _CODES.get(status, Exit.FAILED)
         return CliError(str(detail), why, then, code)

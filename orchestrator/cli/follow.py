@@ -125,7 +125,7 @@ def _bar(job: Mapping[str, Any]) -> Any:
 
 
 def _bytes(what: str, data: Mapping[str, Any]) -> str:
-    got, total = data.get("bytes", 0), data.get("total", 0)
+    got, total = data.get("bytes") or 0, data.get("bytes_total") or 0
     return f"{what}: {got / 1e6:.1f} of {total / 1e6:.1f} MB" if total else what
 
 

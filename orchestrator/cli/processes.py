@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import socket
 import sys
 from collections.abc import Mapping
@@ -17,7 +18,6 @@ from orchestrator.cli.console import CliError, Exit
 WORKER_THREADS = 16
 #: Two processes by default: one commits while the other reads.
 WEB_WORKERS = 2
-WEB_THREADS = 16
 
 
 def address(bind: str) -> tuple[str, int]:
@@ -61,11 +61,19 @@ def last_line(log: Path) -> str:
 def web_argv(bind: str, workers: int = WEB_WORKERS) -> tuple[str, ...]:
     host, port = address(bind)
     return (
-        sys.executable, "-m", "granian", "--interface", "wsgi", "--factory",
+        sys.executable, "-m", "granian", "--interface", "rsgi", "--factory",
         "--host", host, "--port", str(port), "--workers", str(workers),
-        "--blocking-threads", str(WEB_THREADS), "--backlog", "1024", "--no-ws",
-        "--log-level", "warning", "--respawn-failed-workers", "orchestrator.wsgi:make_app",
+        "--backlog", "1024", "--no-ws", "--log-level", "warning",
+        "--respawn-failed-workers", "orchestrator.wsgi:make_server",
     )  # fmt: skip
+
+
+def metrics_env(settings: Settings) -> dict[str, str]:
+    """Where the processes of one web server share their counters; emptied at each start."""
+    shared = settings.data_dir / "metrics"
+    shutil.rmtree(shared, ignore_errors=True)
+    shared.mkdir(parents=True)
+    return {"PROMETHEUS_MULTIPROC_DIR": str(shared)}
 
 
 def worker_argv(threads: int = WORKER_THREADS) -> tuple[str, ...]:
@@ -93,6 +101,15 @@ def program(
         cwd=Path.cwd(),
         env={"PYTHONUNBUFFERED": "1", **settings.to_env(), **(env or {})},
     )
+
+
+def programs(settings: Settings) -> list[Program]:
+    """Web, worker and beat, as one installation runs them together."""
+    return [
+        program("web", web_argv(settings.bind), settings, metrics_env(settings)),
+        program("worker", worker_argv(), settings),
+        program("beat", beat_argv(), settings),
+    ]
 
 
 def become(argv: tuple[str, ...]) -> None:

@@ -35,7 +35,8 @@ from orchestrator.cli.processes import (
     become,
     check_free,
     last_line,
-    program,
+    metrics_env,
+    programs,
     web_argv,
     worker_argv,
 )
@@ -98,12 +99,8 @@ def up(
     with embedded.start(settings, progress=_say) as servers:
         settings = servers.settings
         prepare(settings)
-        for name, argv in (
-            ("web", web_argv(settings.bind)),
-            ("worker", worker_argv()),
-            ("beat", beat_argv()),
-        ):
-            servers.run(program(name, argv, settings))
+        for item in programs(settings):
+            servers.run(item)
         url = f"http://{'127.0.0.1' if host in ANY_HOST else host}:{port}"
         _until_answers(url, settings, over)
         with _local_client(url, settings):
@@ -204,6 +201,8 @@ def serve(
     where = bind or settings.bind
     host, port = address(where)
     check_free(host, port, f"end it, or `stoker serve --bind {host}:{port + 10}`")
+    with contextlib.suppress(OSError):  # a read-only place: each process counts for itself
+        os.environ.update(metrics_env(settings))
     become(web_argv(where, workers))
 
 

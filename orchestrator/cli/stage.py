@@ -25,7 +25,7 @@ from infra.settings import Settings
 from infra.wiring import Services
 from orchestrator.cli.client import Client
 from orchestrator.cli.console import CliError
-from orchestrator.cli.processes import beat_argv, program, web_argv, worker_argv
+from orchestrator.cli.processes import program, programs
 from orchestrator.cli.servers import make_key, prepare
 
 #: The tiny base: its version at the Civitai sandbox.
@@ -76,12 +76,8 @@ class Stage:
             if not self.tiny.exists():
                 raise CliError("the tiny base model was not made", _tail(self.root / "tiny.log"))
         settings = self._with_sandbox(servers, servers.settings)
-        for name, argv in (
-            ("web", web_argv(f"127.0.0.1:{self.port}")),
-            ("worker", worker_argv()),
-            ("beat", beat_argv()),
-        ):
-            servers.run(program(name, argv, settings))
+        for item in programs(settings):
+            servers.run(item)
         services = Services(settings)
         scopes = frozenset({"jobs:read", "jobs:write", "operator"})
         key = make_key(services, owner="demo", name="demo", scopes=scopes)
