@@ -48,6 +48,10 @@ log = logging.getLogger(__name__)
 #: Seconds between calls that Vast documents, per endpoint; elsewhere the smallest of them.
 SPACING = {"search": 6.0, "create": 4.5, "show": 2.0, "list": 1.0, "destroy": 3.0}
 SMALLEST_SPACING = 1.0
+#: How long a thread waits for its turn, where that is not the timeout: a search can come later.
+PATIENCE_S = {"search": 1.0}
+#: Queries whose turns are remembered besides those with an answer.
+MAX_TURNS = 100
 #: What a refused create adds to its spacing (seconds).
 CREATE_PENALTY_S = 12.0
 #: The market returns no more than this per search, whatever is asked.
@@ -247,6 +251,37 @@ class _Spacing:
             self._free_at[endpoint] = max(until, self._free_at.get(endpoint, until))
 
 
+class _Searches:
+    """What searches answered lately: jobs that want the same share one search in each of Vast's
+    turns, else fifty jobs that nothing fits would keep a new one from asking for minutes."""
+
+    def __init__(self, life: float, clock: Callable[[], float]) -> None:
+        self._life, self._clock = life, clock
+        self._known: dict[str, tuple[float, _Answer]] = {}
+        self._turns: dict[str, threading.Lock] = {}
+        self._lock = threading.Lock()
+
+    def answer(self, query: Mapping[str, Any], ask: Callable[[], _Answer]) -> _Answer:
+        """That of `ask`, or of the one before it to the same query."""
+        if not self._life:
+            return ask()
+        key = json.dumps(query, sort_keys=True)
+        with self._lock:
+            now = self._clock()
+            self._known = {k: got for k, got in self._known.items() if now - got[0] < self._life}
+            if len(self._turns) > len(self._known) + MAX_TURNS:
+                self._turns = {k: turn for k, turn in self._turns.items() if turn.locked()}
+            turn = self._turns.setdefault(key, threading.Lock())
+        with turn:
+            known = self._known.get(key)
+            if known is not None and self._clock() - known[0] < self._life:
+                return known[1]
+            answer = ask()
+            with self._lock:
+                self._known[key] = (self._clock(), answer)
+            return answer
+
+
 class VastProvider:
     """Vast.ai, or whatever speaks its REST at `server_url`.
 
@@ -271,6 +306,7 @@ class VastProvider:
         self._client = _Client(self._key, server_url.rstrip("/"), timeout)
         self._timeout, self._clock, self._sleep = timeout, clock, sleep
         self._spacing = _Spacing(spacing, clock, sleep)
+        self._searches = _Searches(SPACING["search"] * spacing, clock)
 
     def __repr__(self) -> str:
         return f"VastProvider({self._client.server_url!r})"
@@ -278,7 +314,10 @@ class VastProvider:
     def offers(self, needs: GpuNeeds, *, limit: int = SEARCH_CAP) -> list[Offer]:
         """See `Provider.offers`. Machines with one GPU, the cheapest first."""
         query = _search(needs, limit)
-        answer = self._read("search", lambda: self._client.post("/bundles/", json_data=query))
+        answer = self._searches.answer(
+            query,
+            lambda: self._read("search", lambda: self._client.post("/bundles/", json_data=query)),
+        )
         rows = answer.fields.get("offers")
         if not isinstance(rows, list):
             raise Unreadable(f"Vast's offers could not be read: {self._said(answer)}")
@@ -412,7 +451,7 @@ class VastProvider:
         return answer.text if answer.status == 200 else None
 
     def _ask(self, endpoint: str, send: Callable[[], _Answer]) -> _Answer:
-        self._spacing.wait(endpoint, self._timeout)
+        self._spacing.wait(endpoint, PATIENCE_S.get(endpoint, self._timeout))
         return send()
 
     def _read(

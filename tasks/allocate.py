@@ -82,7 +82,8 @@ class Renter:
         try:
             offers = self.provider.offers(job.request.gpu)
         except ProviderError as error:
-            self._wait(job_id, f"the market could not be asked: {error}")
+            pause = error.retry_after if isinstance(error, Throttled) else None
+            self._wait(job_id, f"the market could not be asked: {error}", pause=pause)
             return None
         ranked = policy.rank(
             offers,

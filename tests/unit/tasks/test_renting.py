@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -69,6 +70,13 @@ def test_two_jobs_that_saw_the_same_offers_do_not_go_for_the_same_one(world: Any
     lease = world.renter.allocate("job_2")
     assert lease.machine_id == "m2"
     assert [item.status for item in world.leases("job_2")] == [LeaseStatus.RENTED]
+
+
+def test_a_job_looks_again_when_the_market_has_a_turn_for_it(world: Any) -> None:
+    world.provider.faults = Once("offers", Fault(error=Throttled("no turn", retry_after=4)))
+    world.add_job()
+    assert world.renter.allocate("job_1") is None
+    assert world.job("job_1").due_at == world.clock() + timedelta(seconds=4)
 
 
 def test_a_job_waits_when_others_are_after_every_offer(world: Any) -> None:
