@@ -11,7 +11,8 @@ on stdout:
 The end of stdin is the order to stop everything, and it is given by the kernel however Stoker
 died. `stop` names the signal by which a server ends in good order; after `PATIENCE_S` comes
 SIGKILL. Against a SIGKILL of this process itself the servers carry a parent-death signal (Linux).
-A server that ends unasked is started again, after a second.
+A server that ends unasked is started again, after a second, and whatever it left of its process
+group is killed first.
 
 Some servers refuse to be root. `user` then names the account to become; where that account may
 not enter the directories on the way to the files (a home directory, say), it keeps the one
@@ -131,6 +132,7 @@ class Supervisor:
         for name, child in list(self.children.items()):
             if child.process is not None and child.process.poll() is not None:
                 say(name=name, event="ended", code=child.process.returncode)
+                _end_group(child.process.pid)
                 child.process = None
                 if child.spec.get("once"):
                     del self.children[name]
@@ -149,10 +151,17 @@ class Supervisor:
             try:
                 process.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
+                _end_group(process.pid)
                 process.wait()
+            _end_group(process.pid)
             say(name=child.spec["name"], event="ended", code=process.returncode)
+
+
+def _end_group(leader: int) -> None:
+    """Kill what a process leaves behind: a web server's own workers would go on serving beside
+    those of the next one, with the old code and the old connections."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(leader, signal.SIGKILL)
 
 
 def say(**line: Any) -> None:
