@@ -118,6 +118,11 @@ class Stoker:
                 os.kill(pid, signal.SIGKILL)
         return pid
 
+    def orphans(self) -> set[int]:
+        """Processes of this Stoker that nobody here would end."""
+        top = self.pids()["supervisor"]
+        return set(running_from(self.stage.root)) - descendants(top) - {top}
+
     def machines_ever(self) -> set[str]:
         """Ids of all instances that ever ran: the sandbox keeps a log of each."""
         return {path.stem for path in (self.stage.root / "sandbox" / "logs").glob("*.log")}
@@ -141,6 +146,17 @@ def _argv(pid: int) -> list[bytes]:
         return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     except OSError:
         return []
+
+
+def running_from(folder: Path) -> list[int]:
+    """Processes that were given something below `folder`, whoever their parent is by now."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            given = (place / "environ").read_bytes() + (place / "cmdline").read_bytes()
+            if str(folder).encode() in given and int(place.name) != os.getpid():
+                found.append(int(place.name))
+    return sorted(found)
 
 
 class Customer(Receiver):
@@ -184,6 +200,7 @@ def stoker(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> Iterator[S
             until(lambda: client.get(f"/v1/datasets/{dataset}")["status"] == "ready", "a dataset")
             yield running
     assert not stage.left(), "processes were left"
+    until(lambda: not running_from(root), "no orphan of a killed process is left", 10.0)
 
 
 class Demo:
@@ -202,15 +219,18 @@ class Demo:
             )  # fmt: skip
         self.seen: frozenset[int] = frozenset()
 
-    def until_training(self) -> None:
-        """Until its job trains; remembers every process that it has by then."""
+    def until_said(self, *words: str) -> None:
+        """Until it said all of `words`; remembers every process that it has by then."""
 
-        def training() -> bool:
+        def said() -> bool:
             assert self.process.poll() is None, self.words()
-            return "-> training" in self.words() and "step " in self.words()
+            return all(item in self.words() for item in words)
 
-        until(training, "training", 120.0)
+        until(said, " and ".join(words), 120.0)
         self.seen = descendants(self.process.pid)
+
+    def until_training(self) -> None:
+        self.until_said("-> training", "step ")
 
     def words(self) -> str:
         return self.said.read_text(errors="replace")
@@ -221,7 +241,9 @@ class Demo:
         return self.process.returncode, output.decode()
 
     def left(self) -> list[int]:
-        return sorted(pid for pid in self.seen if is_running(pid))
+        """Its processes that run still."""
+        known = {pid for pid in self.seen if is_running(pid)}
+        return sorted(known.union(running_from(self.folder)))
 
     def files(self) -> list[str]:
         """What is left of the demo's own files."""

@@ -102,6 +102,37 @@ def test_one_demo_at_a_time_and_ctrl_c_ends_it_whole(
     assert first.files() == []
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["Ctrl-C", "SIGKILL"])
+def test_a_demo_that_is_ended_while_it_starts_leaves_nothing_running(
+    start_demo: Callable[..., Any], until: Callable[..., Any], number: signal.Signals
+) -> None:
+    demo = start_demo("--once")
+    demo.until_said("tiny base model: being made")
+
+    os.killpg(demo.process.pid, number)
+
+    code, _ = demo.end(60.0)
+    assert code == (130 if number == signal.SIGINT else -number)
+    assert "Traceback" not in demo.words()
+    until(lambda: not demo.left(), "all processes are gone", 30.0)
+
+
+def test_photographs_that_are_none_fail_the_demo_and_it_says_which(
+    start_demo: Callable[..., Any], tmp_path: Path
+) -> None:
+    (tmp_path / "holiday.jpg").write_text("Dear diary")
+    demo = start_demo(str(tmp_path), "--once", "--json")
+
+    code, output = demo.end()
+
+    assert code == 1
+    report = json.loads(output)
+    assert report["status"] == "failed"
+    assert report["reason"]["code"] == "dataset.refused"
+    assert "holiday.jpg" in report["reason"]["message"]
+    assert report["instances_left"] == report["processes_left"] == report["files_left"] == []
+
+
 # --- refused before anything is started ---------------------------------------------------------
 
 
@@ -153,4 +184,5 @@ def test_a_folder_that_is_not_there_is_refused(
     refused: Callable[..., CliError], tmp_path: Path
 ) -> None:
     error = refused(str(tmp_path / "nowhere"))
-    assert "neither a folder nor a zip" in error.what
+    assert "nowhere" in error.what
+    assert error.code == 2

@@ -153,6 +153,13 @@ def test_everybody_who_was_killed_runs_again(
         until(lambda name=name, pid=pid: stoker.pids().get(name) not in (None, pid), name)
 
 
+def test_nobody_who_was_killed_leaves_orphans(
+    stoker: Any, survivor: Survivor, until: Callable[..., Any]
+) -> None:
+    """A web server that is killed has processes of its own: they must not go on serving."""
+    until(lambda: not stoker.orphans(), "only the supervisor's processes run", 30.0)
+
+
 def test_a_job_that_is_cancelled_while_no_worker_lives_is_told_of_later(
     stoker: Any, customer: Any, until: Callable[..., Any]
 ) -> None:
