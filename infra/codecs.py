@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any, Generic, TypeVar
 
 from psycopg.types.json import Json, Jsonb
@@ -172,12 +172,7 @@ def _request_from_json(stored: Mapping[str, Any]) -> JobRequest:
 
 def _fields_of(kind: type[Any], stored: Mapping[str, Any]) -> Row:
     """Without fields that a newer version wrote: while it is rolled out, both read all rows."""
-    return {name: stored[name] for name in _names_of(kind) if name in stored}
-
-
-@cache
-def _names_of(kind: type[Any]) -> tuple[str, ...]:
-    return tuple(item.name for item in dataclasses.fields(kind))
+    return {name: stored[name] for name in kind.__dataclass_fields__ if name in stored}
 
 
 def _value_of(member: Any) -> Any:
