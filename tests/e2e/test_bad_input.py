@@ -57,10 +57,10 @@ def bad_models(stoker: Any) -> dict[str, str]:
     ("name", "code", "words"),
     [
         pytest.param("altered", "model.checksum", "SHA-256", id="other bytes than listed"),
-        pytest.param("pickle", "model.unavailable", "pickle", id="a pickle"),
+        pytest.param("pickle", "model.pickle", "pickle", id="a pickle"),
         pytest.param("disguised", "model.unsafe", "pickle", id="a pickle in disguise"),
         pytest.param("cut", "model.unsafe", "tensors end", id="cut in two"),
-        pytest.param("missing", "model.unavailable", "does not exist", id="no such version"),
+        pytest.param("missing", "model.not_found", "does not exist", id="no such version"),
     ],
 )
 def test_a_bad_base_model_fails_the_job_and_gives_the_machine_back(
