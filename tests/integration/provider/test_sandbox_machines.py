@@ -86,7 +86,7 @@ def test_a_machine_knows_what_vast_tells_it_and_nothing_of_the_host(
     assert env["PATH"].split(":")[0] == str(Path(sys.executable).parent)
     assert set(env) <= {
         *("CONTAINER_ID", "CONTAINER_API_KEY", "VAST_CONTAINERLABEL", "VAST_URL", "GPU_COUNT"),
-        *("STOKER_SANDBOX", "STOKER_TOKEN", "HOME", "TMPDIR", "PATH"),
+        *("STOKER_SANDBOX", "OMP_NUM_THREADS", "STOKER_TOKEN", "HOME", "TMPDIR", "PATH"),
         *("PWD", "OLDPWD", "SHLVL", "LC_CTYPE", "_"),
     }
 
