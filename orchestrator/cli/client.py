@@ -197,11 +197,23 @@ class Client:
         while True:
             more = {"cursor": cursor} if cursor else {}
             page = self.get("/v1/jobs", limit=100, **query, **more)
-            for item in self._shaped(page, frozenset({"data"}))["data"]:
+            for item in self._items(page):
                 yield self._shaped(item, _JOB)
             cursor = page.get("next_cursor")
             if not page.get("has_more") or not cursor:
                 return
+
+    def events(self, job_id: str, after: int) -> dict[str, Any]:
+        """A page of what happened to a job: `data`, `has_more`, `next_after`."""
+        page = self.get(f"{job_path(job_id)}/events", after=after, limit=500)
+        for item in self._items(self._shaped(page, frozenset({"has_more", "next_after"}))):
+            self._shaped(item, frozenset({"at", "type", "data"}))
+        return page
+
+    def _items(self, page: Mapping[str, Any]) -> list[Any]:
+        if not isinstance(page.get("data"), list):
+            raise self._strange("its answer holds no list")
+        return list(page["data"])
 
     def put_file(self, upload: Mapping[str, Any], path: Path) -> None:
         """One presigned upload: no key of ours goes with it."""

@@ -109,8 +109,8 @@ def _bar(job: Mapping[str, Any]) -> Any:
     training = progress.get("training", {})
     done, total, words = 0.0, 1.0, ""
     if status in ("training", "completed"):
-        done, total = training.get("step", 0), training.get("total", 0) or 1
-        words = f"step {done}/{training.get('total', '?')}"
+        done, total = training.get("step") or 0, training.get("total") or 1
+        words = f"step {done}/{training.get('total') or '?'}"
         if training.get("steps_per_s"):
             words += f", {training['steps_per_s']:.1f}/s"
     elif status == "pendingImages":

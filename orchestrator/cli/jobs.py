@@ -325,7 +325,7 @@ def logs(
     found: list[Mapping[str, Any]] = []
     after, ended = 0, not following
     while True:
-        page = client.get(f"{job_path(job_id)}/events", after=after, limit=500)
+        page = client.events(job_id, after)
         for event in page["data"]:
             if not as_json:
                 _print_event(event)
