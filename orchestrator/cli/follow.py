@@ -110,7 +110,8 @@ def _bar(job: Mapping[str, Any]) -> Any:
     done, total, words = 0.0, 1.0, ""
     if status in ("training", "completed"):
         done, total = training.get("step") or 0, training.get("total") or 1
-        words = f"step {done}/{training.get('total') or '?'}"
+        ready = bool(training.get("total"))
+        words = f"step {done}/{training['total']}" if ready else "the trainer is getting ready"
         if training.get("steps_per_s"):
             words += f", {training['steps_per_s']:.1f}/s"
     elif status == "pendingImages":
@@ -139,7 +140,6 @@ def _facts(job: Mapping[str, Any]) -> Text:
 
 
 def _loss(training: Mapping[str, Any]) -> str:
-    loss = training.get("loss")
-    best = training.get("loss_best")
-    text = f"loss {loss:.4f}" if isinstance(loss, int | float) else ""
-    return text + (f", best {best:.4f}" if isinstance(best, int | float) else "")
+    figures = (("loss", training.get("loss")), ("validation", training.get("validation_loss")))
+    shown = [f"{name} {value:.4f}" for name, value in figures if isinstance(value, int | float)]
+    return ", ".join(shown)

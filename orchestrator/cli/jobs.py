@@ -44,7 +44,8 @@ def register(app: typer.Typer) -> None:
 def train(
     photos: Annotated[Path, typer.Argument(help="A folder of photographs, or one zip.")],
     base: Annotated[
-        str, typer.Option(help="civitai:<version>, hf:<owner>/<repo>/<file>, s3:<key> or a URL.")
+        str,
+        typer.Option(help="civitai:<version>, hf:<owner>/<repo>/<file>, s3:bases/<key> or a URL."),
     ],
     trigger: Annotated[str, typer.Option(help="The word that will stand for the subject.")] = "",
     steps: Annotated[int, typer.Option(help="Training steps.")] = 1000,
