@@ -159,7 +159,7 @@ class JobIn(In):
         str,
         Field(
             max_length=1024,
-            description="`civitai:<version>`, `hf:<owner>/<repo>[/<file>]`, `s3:bases/<key>`, a URL",
+            description="`civitai:<version>`, `hf:<owner>/<repo>[/<file>]`, `s3:bases/<key>`, URL",
         ),
     ]
     method: Literal["lora"] = "lora"
