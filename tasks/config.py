@@ -18,6 +18,9 @@ worker_prefetch_multiplier = 1
 task_ignore_result = True
 task_store_errors_even_if_ignored = False
 task_default_queue = "stoker"
+# Customers' slow endpoints and Vast's spacing each hold threads; a worker of its own for webhooks
+# keeps the one from waiting for the other.
+task_routes = {"relay": {"queue": "relay"}}
 task_serializer = "json"
 accept_content = ["json"]
 worker_hijack_root_logger = False

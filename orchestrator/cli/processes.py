@@ -16,6 +16,8 @@ from orchestrator.cli.console import CliError, Exit
 
 #: Threads of one worker: tasks wait for the network, not for the processor.
 WORKER_THREADS = 16
+#: What a worker takes: `stoker` for all but webhooks out, `relay` for those.
+QUEUES = "stoker,relay"
 #: Two processes by default: one commits while the other reads.
 WEB_WORKERS = 2
 
@@ -76,10 +78,10 @@ def metrics_env(settings: Settings) -> dict[str, str]:
     return {"PROMETHEUS_MULTIPROC_DIR": str(shared)}
 
 
-def worker_argv(threads: int = WORKER_THREADS) -> tuple[str, ...]:
+def worker_argv(threads: int = WORKER_THREADS, queues: str = QUEUES) -> tuple[str, ...]:
     return (
         sys.executable, "-m", "celery", "-A", "tasks.app", "worker", "--pool", "threads",
-        "--concurrency", str(threads), "--without-gossip", "--without-mingle",
+        "--concurrency", str(threads), "--queues", queues, "--without-gossip", "--without-mingle",
         "--loglevel", "WARNING",
     )  # fmt: skip
 

@@ -30,6 +30,7 @@ from orchestrator.checks import ready_checks
 from orchestrator.cli.client import beside, beside_file
 from orchestrator.cli.console import CliError, Exit, err, out, print_json, print_rows
 from orchestrator.cli.processes import (
+    QUEUES,
     address,
     beat_argv,
     become,
@@ -208,6 +209,9 @@ def serve(
 
 def worker(
     concurrency: Annotated[int, typer.Option(min=1, help="Tasks at the same time.")] = 16,
+    queues: Annotated[
+        str, typer.Option(help="Which tasks: stoker (all but webhooks), relay (webhooks), or both.")
+    ] = QUEUES,
 ) -> None:
     """Run a Celery worker in the foreground. As many as wanted may run.
 
@@ -215,7 +219,7 @@ def worker(
     """
     if not _ready_to_run().vast_api_key.reveal():
         raise SettingsError("VAST_API_KEY is not set; Vast.ai shows it under Account")
-    become(worker_argv(concurrency))
+    become(worker_argv(concurrency, queues))
 
 
 def beat() -> None:
