@@ -16,14 +16,13 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from infra.provider import LaunchSpec, Provider
-from state import policy
+from state import policy, record
 from state.errors import AccountFault, NotFound, ProviderError, Refused, Throttled
 from state.events import Attempt
 from state.job import Job, Reason
 from state.lease import Lease, LeaseStatus
 from state.offer import Offer
 from state.policy import Budget, Policy, Step
-from state.record import rfc3339
 from state.store import Store, Transaction
 
 #: How many offers one pass may try: each is one create call that was clearly refused.
@@ -156,6 +155,9 @@ class Renter:
                 reserved=tx.reserved(),
             )
             reason = policy.over_budget(job, spent, offer.price, hours, budget)
+            if reason is not None and not reason.retryable:
+                record.stall(tx, job.id, reason, now, self.rules)
+                return None
             if reason is not None:
                 self._explain(tx, job, reason, now)
                 return None
@@ -213,7 +215,8 @@ class Renter:
         with self.store.transaction() as tx:
             lease = rented(tx, tx.lease(lease.id, lock=True), instance_id, now)
             job = tx.job(lease.job, lock=True)
-            search = f"rented {lease.gpu_name} on machine {lease.machine_id} at {rfc3339(now)}"
+            when = record.rfc3339(now)
+            search = f"rented {lease.gpu_name} on machine {lease.machine_id} at {when}"
             tx.save_job(_with_search(job, search).evolve(due_at=policy.next_look(job, self.rules)))
         return lease
 

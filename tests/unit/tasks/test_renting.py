@@ -222,6 +222,19 @@ def test_a_job_never_rents_beyond_its_cap(world: Any) -> None:
     assert (lease.expires_at - lease.created_at).total_seconds() == pytest.approx(1800)
 
 
+def test_a_job_that_has_spent_its_cap_fails_instead_of_waiting(world: Any) -> None:
+    world.add_job(max_cost=200_000)
+    lease = world.renter.allocate("job_1")
+    world.report(Fact.GPU_READY)
+    world.clock.advance(1800)
+    world.provider.vanish(lease.instance_id)
+    for _ in range(60):
+        world.tick()
+    job = world.job()
+    assert (job.status, job.reason.code) == (Status.FAILED, "budget.job")
+    assert "of at most $0.2000" in job.reason.message
+
+
 def test_a_spent_budget_of_the_hour_stops_the_next_rental(world: Any) -> None:
     world.terms = dataclasses.replace(world.terms, per_hour_limit=1_000_000)
     world.add_job(max_cost=900_000)
