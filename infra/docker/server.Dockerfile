@@ -1,5 +1,5 @@
 # Web, worker, beat and the command line: one image, no torch.
-FROM python:3.12-slim
+FROM python:3.11-slim
 ENV PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /app
 COPY pyproject.toml constraints.txt README.md LICENSE ./

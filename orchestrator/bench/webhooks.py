@@ -10,13 +10,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import platform
 import socket
 import subprocess
 import sys
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -26,10 +24,10 @@ import psycopg
 
 from gpu_agent import wire
 from infra.crypto import SecretBox
-from infra.migrations import upgrade
 from infra.store import SqlStore
 from orchestrator.api.ids import new_id
 from orchestrator.bench.load import Load, send
+from orchestrator.bench.place import machine, own_database
 from state.events import Attempt, Dataset, DatasetStatus, Secret
 from state.job import Job, JobRequest, Status
 
@@ -54,7 +52,13 @@ def run(
     Returns: what it ran on; `limits` (per second); `receiver` (per second, latencies in ms,
     answers by status); `ratio` of the receiver to PostgreSQL's limit.
     """
-    with _own_database(database_url) as url:
+    with own_database(database_url) as url:
+        ran_on = {
+            **machine(url),
+            "postgres_connections": CONNECTIONS,
+            "agents": AGENTS,
+            "web": f"granian, {WEB_WORKERS} processes",
+        }
         say("PostgreSQL: single-row commits by 32 connections")
         before = commits_per_second(url, seconds)
         say("bare Flask under the same server")
@@ -71,7 +75,7 @@ def run(
         after = commits_per_second(url, seconds)
         limit = (before + after) / 2
         return {
-            "ran_on": _machine(url),
+            "ran_on": ran_on,
             "limits": {
                 "postgres_commits_per_s": round(limit),
                 "postgres_before_after": [round(before), round(after)],
@@ -89,22 +93,6 @@ def _figures(load: Load) -> dict[str, Any]:
         "p99_ms": round(load.percentile_ms(0.99), 2),
         "max_ms": round(load.percentile_ms(1.0), 2),
         "statuses": {str(status): count for status, count in sorted(load.statuses.items())},
-    }
-
-
-def _machine(url: str) -> dict[str, Any]:
-    with psycopg.connect(url) as connection:
-        row = connection.execute("SELECT current_setting('server_version')").fetchone()
-    return {
-        "cpus": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
-        "machine": platform.machine(),
-        "python": platform.python_version(),
-        "postgres": row[0] if row else "",
-        "postgres_connections": CONNECTIONS,
-        "agents": AGENTS,
-        "web": f"granian, {WEB_WORKERS} processes",
     }
 
 
@@ -139,20 +127,6 @@ def commits_per_second(url: str, seconds: float) -> float:
         for thread in threads:
             thread.join()
         return sum(counts) / (time.perf_counter() - began)
-
-
-@contextlib.contextmanager
-def _own_database(server_url: str) -> Iterator[str]:
-    name = f"stoker_bench_{uuid.uuid4().hex[:12]}"
-    with psycopg.connect(server_url, autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name}".encode())
-        path, mark, options = server_url.partition("?")
-        url = f"{path.rpartition('/')[0]}/{name}{mark}{options}"
-        try:
-            upgrade(url)
-            yield url
-        finally:
-            connection.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)".encode())
 
 
 # --- the server -------------------------------------------------------------------------------
