@@ -59,9 +59,9 @@ def test_launcher_can_be_executed() -> None:
 def test_old_python_gives_way_to_a_newer_one_beside_it(launcher: ModuleType) -> None:
     beside = {"python3.12": "/a/python3.12", "python3.11": "/b/python3.11"}
     assert launcher.find_python((3, 11), beside.get, lambda path: True) is None
-    assert launcher.find_python((3, 8), beside.get, lambda path: True) == "/a/python3.12"
-    works = "/b/python3.11".__eq__  # the other is a shim that leads nowhere
-    assert launcher.find_python((3, 8), beside.get, works) == "/b/python3.11"
+    assert launcher.find_python((3, 8), beside.get, lambda path: True) == "/b/python3.11"
+    works = "/a/python3.12".__eq__  # the other is a shim that leads nowhere
+    assert launcher.find_python((3, 8), beside.get, works) == "/a/python3.12"
 
 
 def test_old_python_alone_says_so_in_three_lines(launcher: ModuleType) -> None:
