@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import sysconfig
+import time
 import zipfile
 from pathlib import Path
 
 import pytest
+import requests
 
 REPOSITORY = Path(__file__).parents[3]
 PACKAGES = ("orchestrator", "tasks", "infra", "state", "gpu_agent")
@@ -121,6 +126,40 @@ def test_the_installed_server_finds_what_it_serves(ran):
     assert not where.startswith(str(REPOSITORY))
     assert revision
     assert rest == ["True", "True"]
+
+
+def test_the_installed_server_serves(installed, tmp_path):
+    """Web, worker and beat from the wheel alone, with servers of their own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    nowhere = {"VAST_API_KEY": "none", "VAST_URL": "http://127.0.0.1:9"}
+    with subprocess.Popen(
+        [installed / "bin" / "stoker", "up", "--bind", f"127.0.0.1:{port}"],
+        cwd=tmp_path,
+        env={"PATH": os.environ["PATH"], "HOME": str(tmp_path), **nowhere},
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            parts = _ready(port, process)
+        finally:
+            process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
+    assert set(parts) == {"database", "redis", "s3", "worker", "beat"}
+    assert process.returncode == 0
+
+
+def _ready(port, process):
+    """The parts of `/readyz` once all are well."""
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and process.poll() is None:
+        with contextlib.suppress(requests.RequestException):
+            answer = requests.get(f"http://127.0.0.1:{port}/readyz", timeout=5)
+            if answer.status_code == 200:
+                return answer.json()["parts"]
+        time.sleep(0.1)
+    raise AssertionError("the installed server did not get ready")
 
 
 @pytest.mark.parametrize("package", ["orchestrator", "tasks", "infra", "state"])
