@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from gpu_agent.wire import Fact
+from gpu_agent.wire import Fact, Recipe
 from state.events import HostRecord
-from state.job import GpuNeeds, Job, Reason, Status
+from state.job import GpuNeeds, Job, JobRequest, Reason, Status
 from state.lease import Lease, LeaseStatus
 from state.machine import Move
 from state.offer import Offer
@@ -242,9 +242,8 @@ def dollars(micro: int) -> str:
 
 # --- offers -----------------------------------------------------------------------------------
 
-#: Training steps per second of SD 1.x at 512 px, relative to an RTX 4090. Only the order of
-#: offers depends on it, and what we measured of a machine ourselves goes before it. From the
-#: FP16 tensor throughput in NVIDIA's data sheets, rounded.
+#: How fast each GPU trains SD 1.x at 512 px beside an RTX 4090. Guesses, not measurements: only the
+#: order of offers depends on them.
 GPU_SPEED: dict[str, float] = {
     "RTX 3060": 0.30,
     "RTX 3090": 0.55,
@@ -263,7 +262,10 @@ UNKNOWN_GPU_SPEED = 0.3
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """What a job will do on whatever machine it gets. Bytes, and seconds on an RTX 4090."""
+    """What a job will do on whatever machine it gets. Bytes, and seconds on an RTX 4090.
+
+    The defaults are guesses for SD 1.x; they decide the order of offers and nothing else.
+    """
 
     image_bytes: int = 4_000_000_000
     base_bytes: int = 2_200_000_000
@@ -271,6 +273,23 @@ class Workload:
     output_bytes: int = 200_000_000
     training_s: float = 900.0
     boot_s: float = 120.0
+
+
+#: Guessed seconds on an RTX 4090 for one image of 512 px, forward and back.
+SECONDS_PER_IMAGE = 0.15
+#: Guessed seconds for loading, caching, validating and uploading.
+SECONDS_AROUND = 120.0
+
+
+def workload(request: JobRequest, dataset_bytes: int) -> Workload:
+    """What `request` will do: its steps, batch and resolution decide how long it trains.
+
+    Raises: RecipeError, when the recipe cannot be trained.
+    """
+    recipe = Recipe.from_dict(request.recipe)
+    images = recipe.steps * recipe.batch_size * recipe.gradient_accumulation
+    seconds = images * SECONDS_PER_IMAGE * (recipe.resolution / 512) ** 2
+    return Workload(dataset_bytes=dataset_bytes, training_s=SECONDS_AROUND + seconds)
 
 
 def expected_cost(offer: Offer, work: Workload, host: HostRecord | None = None) -> float:
@@ -349,8 +368,8 @@ def release_pause(tries: int) -> timedelta:
 
 
 def settled(lease: Lease, now: datetime, policy: Policy = DEFAULT) -> bool:
-    """Whether a lease without an id is old enough that two clean lists prove it empty."""
-    return lease.instance_id is None and now - lease.created_at >= policy.settle
+    """Whether a lease is so old that lists without its instance prove that there is none."""
+    return now - lease.created_at >= policy.settle
 
 
 def wants_release(lease: Lease, job: Job | None, now: datetime) -> str | None:

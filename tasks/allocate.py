@@ -74,7 +74,8 @@ class Renter:
                 return None
             if not self._wanted(tx, job):
                 return None
-            hosts = {record.machine_id: record for record in tx.hosts()}
+            hosts = {host.machine_id: host for host in tx.hosts()}
+            work = policy.workload(job.request, tx.dataset(job.request.dataset_id).zip_bytes)
         if self.terms.kill_switch:
             self._wait(job_id, "renting is switched off by the operator")
             return None
@@ -86,7 +87,7 @@ class Renter:
             return None
         ranked = policy.rank(
             offers,
-            policy.Workload(),
+            work,
             excluded=job.excluded_machines,
             hosts=hosts,
             now=self.clock(),

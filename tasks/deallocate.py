@@ -115,8 +115,9 @@ class Keeper:
             rented(tx, lease, newest.id, now)
             _log.info("adopted by label", lease=lease.id, instance=newest.id)
             return [instance for instance in mine if instance.id != newest.id]
-        if lease.instance_id is None and policy.settled(lease, now, self.rules):
-            self._close(tx, lease.evolve(absent=lease.absent + 1), now, "never made")
+        lease = lease.evolve(absent=lease.absent + 1)
+        if lease.absent >= ABSENT_LISTS and policy.settled(lease, now, self.rules):
+            self._close(tx, lease, now, "never made")
         else:
             due = now + policy.release_pause(lease.tries)
             tx.save_lease(lease.evolve(tries=lease.tries + 1, due_at=due))

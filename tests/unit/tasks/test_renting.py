@@ -10,7 +10,7 @@ import pytest
 
 from gpu_agent.wire import Fact
 from infra.provider_memory import Fault
-from state import record
+from state import policy, record
 from state.errors import AccountFault, OfferGone, Refused, Throttled, Unknown, Unreadable
 from state.job import GpuNeeds, Reason, Status
 from state.lease import LeaseStatus
@@ -35,6 +35,18 @@ def test_a_job_gets_the_offer_with_the_cheapest_finish(world: Any) -> None:
     lease = world.renter.allocate("job_1")
     assert (lease.status, lease.machine_id) == (LeaseStatus.RENTED, "m1")
     assert [item.id for item in world.provider.running()] == [lease.instance_id]
+
+
+@pytest.mark.parametrize(("steps", "machine"), [(100, "cheap"), (20_000, "fast")])
+def test_a_long_training_is_worth_a_faster_gpu_and_a_short_one_is_not(
+    world: Any, steps: int, machine: str
+) -> None:
+    (offer, _) = world.provider.offers(world_needs())
+    cheap = dataclasses.replace(offer, machine_id="cheap", gpu_name="RTX 3060", price=150_000)
+    fast = dataclasses.replace(offer, id="2", machine_id="fast", price=400_000)
+    request = world.add_job(recipe={"steps": steps}).request
+    ranked = policy.rank([fast, cheap], policy.workload(request, 10_000_000))
+    assert ranked[0].machine_id == machine
 
 
 def test_being_woken_ten_times_rents_once(world: Any) -> None:
@@ -116,6 +128,34 @@ def test_a_lost_request_is_tried_again_only_after_it_is_proven_lost(world: Any) 
         world.tick()
     (rental,) = world.provider.rentals.values()
     assert world.leases()[-1].instance_id == rental.id
+
+
+def test_one_list_that_misses_an_instance_does_not_prove_that_it_was_never_made(
+    world: Any,
+) -> None:
+    world.provider.faults = Once("create", Fault(error=Unknown("connection reset"), after=True))
+    world.add_job()
+    world.renter.allocate("job_1")
+    listed = world.provider.instances
+    world.clock.advance(120)
+    world.provider.instances = list
+    world.tick()
+    world.provider.instances = listed
+    for _ in range(5):
+        world.tick()
+    assert world.leases()[0].status is LeaseStatus.RENTED
+    assert len(world.provider.rentals) == 1
+
+
+def test_an_id_that_never_shows_up_does_not_keep_a_job_waiting(world: Any) -> None:
+    lost = Fault(error=Unknown("cut answer", instance_id="999"))
+    world.provider.faults = Once("create", lost)
+    world.add_job()
+    world.renter.allocate("job_1")
+    for _ in range(140):
+        world.tick()
+    assert world.leases()[0].status is LeaseStatus.RELEASED
+    assert world.leases()[-1].status is LeaseStatus.RENTED
 
 
 def test_a_process_that_dies_after_create_leaves_the_lease_as_owner(world: Any) -> None:
