@@ -13,7 +13,7 @@ from state.events import Secret
 class SecretBox:
     """Seals and opens `Secret` values with Fernet (AES-128-CBC and HMAC-SHA256).
 
-    To rotate: put a new key in front, `reseal` what is stored, then drop the old key.
+    To rotate: put a new key in front, and drop the old one when nothing sealed by it is left.
 
     Args:
         keys: Fernet keys (32 bytes in URL-safe base64), newest first.
@@ -45,17 +45,6 @@ class SecretBox:
         """
         try:
             return Secret(self._fernet.decrypt(sealed).decode())
-        except InvalidToken:
-            raise SecretUnreadable(_UNREADABLE) from None
-
-    def reseal(self, sealed: bytes) -> bytes:
-        """The same secret under the newest key.
-
-        Raises:
-            SecretUnreadable: as in `open`.
-        """
-        try:
-            return self._fernet.rotate(sealed)
         except InvalidToken:
             raise SecretUnreadable(_UNREADABLE) from None
 

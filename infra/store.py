@@ -19,7 +19,7 @@ from typing import Any, TypeVar, cast
 
 import psycopg
 from psycopg.pq import ConnStatus, ExecStatus, TransactionStatus
-from sqlalchemy import Connection, Select, Table, delete, select
+from sqlalchemy import Connection, Select, Table, delete, select, tuple_
 from sqlalchemy.engine import Engine
 
 from infra import codecs, schema, statements
@@ -564,11 +564,11 @@ class SqlTransaction:
         if self._run(sql, values).rowcount == 0:
             raise NotFound("there is no such idempotency key")
 
-    def drop_idempotent(self, owner: str, key: str) -> None:
-        row = schema.idempotency_keys.c
-        self._core.execute(
-            delete(schema.idempotency_keys).where(row.owner == owner, row.key == key)
-        )
+    def drop_idempotent_before(self, when: datetime, limit: int) -> int:
+        table = schema.idempotency_keys
+        old = select(table.c.owner, table.c.key).where(table.c.created_at < when).limit(limit)
+        gone = delete(table).where(tuple_(table.c.owner, table.c.key).in_(old))
+        return self._core.execute(gone).rowcount
 
     # hosts and money
 

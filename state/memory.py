@@ -550,8 +550,12 @@ class MemoryTransaction:
         row = _found(self._data.idempotent, (owner, key), "such idempotency key")
         self._put(self._data.idempotent, (owner, key), replace(row, answer=answer))
 
-    def drop_idempotent(self, owner: str, key: str) -> None:
-        self._drop(self._data.idempotent, (owner, key))
+    def drop_idempotent_before(self, when: datetime, limit: int) -> int:
+        rows = self._data.idempotent
+        old = list(itertools.islice((k for k, row in rows.items() if row.created_at < when), limit))
+        for key in old:
+            self._drop(rows, key)
+        return len(old)
 
     # hosts and money
 

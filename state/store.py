@@ -154,7 +154,8 @@ class Transaction(Protocol):
         """
 
     def finish_idempotent(self, owner: str, key: str, answer: Mapping[str, Any]) -> None: ...
-    def drop_idempotent(self, owner: str, key: str) -> None: ...
+    def drop_idempotent_before(self, when: datetime, limit: int) -> int:
+        """Forgets keys that were first used before `when`; how many rows went."""
 
     # hosts and money
     def host(self, machine_id: str) -> HostRecord | None: ...

@@ -10,6 +10,8 @@ from infra.storage import Storage
 from state.store import Store
 
 BATCH = 100
+#: An Idempotency-Key is honoured for at least a day.
+KEYS_KEPT = timedelta(days=2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +24,8 @@ class Cleaned:
 def cleanup(
     store: Store, storage: Storage, clock: Callable[[], datetime], retention: timedelta
 ) -> Cleaned:
-    """Delete artefacts, unused datasets and events older than `retention`, one batch of each.
+    """Delete artefacts, unused datasets and events older than `retention`, one batch of each;
+    and Idempotency-Keys older than two days.
 
     Objects go before their rows: a row without its object says `expired`, an object without a
     row would be paid for unseen.
@@ -42,5 +45,6 @@ def cleanup(
         for dataset in datasets:
             tx.delete_dataset(dataset.id)
         events = tx.drop_events_before(before, BATCH * 100)
+        tx.drop_idempotent_before(clock() - KEYS_KEPT, BATCH * 100)
         tx.beat("cleanup", clock())
     return Cleaned(artefacts=len(artefacts), datasets=len(datasets), events=events)

@@ -117,7 +117,7 @@ def test_changes_that_are_rolled_back_give_way_to_what_was_there(store, make):
             tx.save_outgoing(tx.outgoing("msg_x").evolve(status=OutgoingStatus.DELIVERED))
             tx.delete_dataset("ds_x")
             tx.put_artefacts([artefact(make, "job_x", "weights.safetensors", bytes=1)])
-            tx.drop_idempotent("acme", "key-1")
+            tx.drop_idempotent_before(make.after(1), 10)
             tx.save_host(HostRecord(machine_id="m1", bad=1))
             tx.add_spend(lease="lease_x", job="job_y", at=make.after(7200), amount=99)
             tx.beat("sweep", make.after(1))
@@ -803,9 +803,17 @@ def test_a_repeated_request_gets_the_first_one_s_answer(make, commit):
     assert commit("begin_idempotent", idempotent(make, owner="other")) is None
     commit("finish_idempotent", "acme", "key-1", {"status": 201})
     assert commit("begin_idempotent", idempotent(make)).answer == {"status": 201}
-    commit("drop_idempotent", "acme", "key-1")
-    commit("drop_idempotent", "acme", "key-1")
-    assert commit("begin_idempotent", idempotent(make)) is None
+
+
+def test_an_idempotency_key_is_forgotten_after_its_time(make, commit):
+    for number in range(3):
+        row = idempotent(make, key=f"key-{number}", created_at=make.after(number))
+        commit("begin_idempotent", row)
+    assert commit("drop_idempotent_before", make.after(2), 1) == 1
+    assert commit("drop_idempotent_before", make.after(2), 10) == 1
+    assert commit("drop_idempotent_before", make.after(2), 10) == 0
+    assert commit("begin_idempotent", idempotent(make, key="key-0")) is None
+    assert commit("begin_idempotent", idempotent(make, key="key-2")) is not None
 
 
 @pytest.mark.parametrize("first_succeeds", [True, False])

@@ -18,14 +18,13 @@ def test_a_sealed_secret_opens_again_and_shows_nothing():
     assert "whsec" not in repr(box.open(sealed))
 
 
-def test_after_resealing_the_old_key_can_be_dropped():
+def test_an_old_key_opens_what_it_sealed_until_it_is_dropped():
     old, new = SecretBox.new_key(), SecretBox.new_key()
     sealed = SecretBox([old]).seal(Secret("s"))
-    resealed = SecretBox([new, old]).reseal(sealed)
-    assert SecretBox([new]).open(resealed).reveal() == "s"
-    for ask in (SecretBox([new]).open, SecretBox([new]).reseal):
-        with pytest.raises(SecretUnreadable):
-            ask(sealed)
+    assert SecretBox([new, old]).open(sealed).reveal() == "s"
+    assert SecretBox([new]).open(SecretBox([new, old]).seal(Secret("s"))).reveal() == "s"
+    with pytest.raises(SecretUnreadable):
+        SecretBox([new]).open(sealed)
 
 
 @pytest.mark.parametrize("garbage", [b"", b"\x00", b"gAAAA", b"\xff" * 100])
