@@ -17,7 +17,6 @@ import json
 import os
 import secrets
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -46,6 +45,7 @@ from orchestrator.cli.client import Client
 from orchestrator.cli.jobs import upload_dataset
 from orchestrator.cli.processes import WEB_WORKERS, programs
 from orchestrator.cli.servers import make_key, prepare
+from orchestrator.cli.stage import free_port
 from state.events import Secret
 from state.job import GpuNeeds
 
@@ -170,7 +170,7 @@ def _ratios(
 @contextlib.contextmanager
 def _running(root: Path, scale: Scale, customer: Customer, say: Say) -> Iterator[_Place]:
     """Servers, sandbox, web, worker and beat; a dataset that is ready."""
-    bind = f"127.0.0.1:{_free_port()}"
+    bind = f"127.0.0.1:{free_port()}"
     account, civitai = secrets.token_hex(16), secrets.token_hex(16)
     blank = dataclasses.replace(
         Settings(),
@@ -237,12 +237,6 @@ def _photos(folder: Path) -> list[Path]:
             path
         )
     return paths
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _answers(url: str) -> bool:

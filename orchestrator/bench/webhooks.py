@@ -28,6 +28,7 @@ from infra.store import SqlStore
 from orchestrator.api.ids import new_id
 from orchestrator.bench.load import Load, send
 from orchestrator.bench.place import machine, own_database
+from orchestrator.cli.stage import free_port
 from state.events import Attempt, Dataset, DatasetStatus, Secret
 from state.job import Job, JobRequest, Status
 
@@ -135,9 +136,7 @@ def commits_per_second(url: str, seconds: float) -> float:
 @contextlib.contextmanager
 def _serving(interface: str, what: str, env: Mapping[str, str]) -> Iterator[tuple[str, int]]:
     """Granian with one of the applications of `orchestrator.bench.target`."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address: tuple[str, int] = ("127.0.0.1", free.getsockname()[1])
+    address = ("127.0.0.1", free_port())
     argv = [
         sys.executable, "-m", "granian", "--interface", interface, "--factory", "--no-ws",
         "--host", address[0], "--port", str(address[1]), "--workers", str(WEB_WORKERS),

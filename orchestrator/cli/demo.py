@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -30,6 +29,7 @@ from orchestrator.cli.client import Client
 from orchestrator.cli.console import CliError, Exit, err, out, print_json
 from orchestrator.cli.follow import durations, follow
 from orchestrator.cli.jobs import fetch_results, photo_files, upload_dataset
+from orchestrator.cli.processes import check_free
 from orchestrator.cli.receiver import Receiver
 from orchestrator.cli.stage import TINY_BASE, Stage
 from state import policy
@@ -122,16 +122,7 @@ def _workplace(stack: contextlib.ExitStack, port: int) -> Path:
             f"{free / 1e9:.1f} GB are free at {root}; the demo wants {NEEDED_BYTES / 1e9:.0f} GB",
             "free some space, or set STOKER_DATA to a directory on another disk",
         )
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            raise CliError(
-                f"port {port} is taken",
-                "another program listens on it",
-                f"stoker demo --port {port + 10}",
-            ) from None
+    check_free("127.0.0.1", port, f"stoker demo --port {port + 10}")
     shutil.rmtree(root)  # what a killed demo left
     root.mkdir()
     stack.callback(shutil.rmtree, root, ignore_errors=True)
