@@ -13,7 +13,7 @@ import heapq
 import itertools
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime, timedelta
@@ -84,6 +84,15 @@ class DueRows(Rows[str, V], Generic[V]):
                 taken[key] = None
         return list(taken)
 
+    def first(self) -> datetime | None:
+        """When the earliest row is due."""
+        while self._heap:
+            when, key = self._heap[0]
+            if self._when(self.get(key, _ABSENT)) == when:
+                return when
+            heapq.heappop(self._heap)
+        return None
+
     def _when(self, row: V) -> datetime | None:
         return None if row is _ABSENT else self._due(row)
 
@@ -107,11 +116,12 @@ class _Data:
         self.jobs_by_dataset: dict[str, Rows[str, None]] = defaultdict(Rows)
         self.webhook_secrets: Rows[str, list[Secret]] = Rows()
         self.attempts: dict[str, Rows[int, Attempt]] = defaultdict(Rows)
-        self.tokens: Rows[str, tuple[str, int]] = Rows()
+        #: by token: the lease that it was made for
+        self.tokens: Rows[str, str] = Rows()
         self.leases: DueRows[Lease] = DueRows(_due_at)
         self.leases_by_job: dict[str, Rows[str, None]] = defaultdict(Rows)
         self.labels: Rows[str, str] = Rows()
-        self.open_leases: Rows[tuple[str, int], str] = Rows()
+        self.open_leases: Rows[tuple[str, int, bool], str] = Rows()
         self.events: dict[str, Rows[int, Event]] = defaultdict(Rows)
         self.reports: Rows[tuple[str, int, int], None] = Rows()
         self.webhook_ids: Rows[str, None] = Rows()
@@ -142,13 +152,23 @@ def _hour(when: datetime) -> int:
     return int(when.timestamp()) // 3600
 
 
-class MemoryStore:
-    """Everything that must not be lost, until the process ends."""
+#: What a commit changed: each row as it was and as it is; None where it was or is absent.
+Changes = list[tuple[Any, Any]]
 
-    def __init__(self) -> None:
+
+class MemoryStore:
+    """Everything that must not be lost, until the process ends.
+
+    Args:
+        watch: told of each commit's changes, in the order of writing, before anybody else sees
+            them; whatever it raises leaves the commit as it is.
+    """
+
+    def __init__(self, watch: Callable[[Changes], None] | None = None) -> None:
         self._data = _Data()
         self._lock = threading.Lock()
         self._holder: int | None = None
+        self._watch = watch
 
     @contextmanager
     def transaction(self) -> Iterator[MemoryTransaction]:
@@ -167,9 +187,18 @@ class MemoryStore:
             except BaseException:
                 transaction.roll_back()
                 raise
+            else:
+                if self._watch is not None:
+                    self._watch(transaction.changes())
             finally:
                 transaction.end()
                 self._holder = None
+
+    def next_due(self) -> datetime | None:
+        """When the first row of any kind is due; None when nothing is."""
+        data = self._data
+        tables: tuple[DueRows[Any], ...] = (data.jobs, data.leases, data.datasets, data.next_due)
+        return min((due for rows in tables if (due := rows.first()) is not None), default=None)
 
     def close(self) -> None:
         """Nothing is open."""
@@ -195,6 +224,12 @@ class MemoryTransaction:
 
     def end(self) -> None:
         self._ended = True
+
+    def changes(self) -> Changes:
+        """What was written so far. A row that was written twice comes twice, last as it is."""
+        return [
+            (None if old is _ABSENT else old, rows.get(key)) for rows, key, old in self._undo
+        ]
 
     # the only two ways of writing
 
@@ -308,27 +343,15 @@ class MemoryTransaction:
     def add_attempt(self, attempt: Attempt) -> None:
         data = self._data
         what = f"attempt {attempt.number} of job {attempt.job}"
-        if attempt.token_hash in data.tokens:
-            raise Conflict(f"{what} exists already")
         self._add(data.attempts[attempt.job], attempt.number, attempt, what)
-        self._put(data.tokens, attempt.token_hash, (attempt.job, attempt.number))
 
     def save_attempt(self, attempt: Attempt) -> None:
-        data = self._data
-        old = self.attempt(attempt.job, attempt.number)
-        if attempt.token_hash != old.token_hash:
-            self._drop(data.tokens, old.token_hash)
-            key = (attempt.job, attempt.number)
-            self._add(data.tokens, attempt.token_hash, key, "an attempt with this token")
-        self._put(data.attempts[attempt.job], attempt.number, attempt)
+        self.attempt(attempt.job, attempt.number)
+        self._put(self._data.attempts[attempt.job], attempt.number, attempt)
 
     def attempt(self, job_id: str, number: int, *, lock: bool = False) -> Attempt:
         of_job: Mapping[int, Attempt] = self._data.attempts.get(job_id, _NOTHING)
         return _found(of_job, number, f"attempt {number} of job {job_id}")
-
-    def attempt_by_token(self, token_hash: str, *, lock: bool = False) -> Attempt | None:
-        key = self._data.tokens.get(token_hash)
-        return None if key is None else self.attempt(*key)
 
     def list_attempts(self, job_id: str) -> list[Attempt]:
         of_job = self._data.attempts.get(job_id, _NOTHING)
@@ -343,6 +366,8 @@ class MemoryTransaction:
         self._check_open(lease)
         self._add(data.leases, lease.id, lease, f"lease {lease.id}")
         self._put(data.labels, lease.label, lease.id)
+        if lease.token_hash is not None:
+            self._add(data.tokens, lease.token_hash, lease.id, "a lease with this token")
         self._put(data.leases_by_job[lease.job], lease.id, None)
         self._index_open(lease)
 
@@ -353,12 +378,13 @@ class MemoryTransaction:
         self._index_open(lease)
 
     def _check_open(self, lease: Lease) -> None:
-        other = self._data.open_leases.get((lease.job, lease.attempt), lease.id)
+        key = (lease.job, lease.attempt, lease.hedge)
+        other = self._data.open_leases.get(key, lease.id)
         if lease.open and other != lease.id:
             raise Conflict(f"attempt {lease.attempt} of job {lease.job} has an open lease: {other}")
 
     def _index_open(self, lease: Lease) -> None:
-        leases, key = self._data.open_leases, (lease.job, lease.attempt)
+        leases, key = self._data.open_leases, (lease.job, lease.attempt, lease.hedge)
         if lease.open:
             self._put(leases, key, lease.id)
         elif leases.get(key) == lease.id:
@@ -370,6 +396,19 @@ class MemoryTransaction:
     def leases_of(self, job_id: str) -> list[Lease]:
         return self._leases(self._data.leases_by_job.get(job_id, ()))
 
+    def lease_by_token(self, token_hash: str, *, lock: bool = False) -> Lease | None:
+        lease_id = self._data.tokens.get(token_hash)
+        return None if lease_id is None else self.lease(lease_id)
+
+    def leases_since(self, when: datetime) -> list[Lease]:
+        found: list[Lease] = []
+        # Newest last: leases are stored as they are made.
+        for lease in reversed(self._data.leases.values()):
+            if lease.created_at < when:
+                break
+            found.append(lease)
+        return self._by_age(found)
+
     def open_leases(self) -> list[Lease]:
         return self._leases(self._data.open_leases.values())
 
@@ -377,7 +416,10 @@ class MemoryTransaction:
         return {lease.offer_id for lease in self.open_leases()} & set(offer_ids)
 
     def _leases(self, ids: Collection[str]) -> list[Lease]:
-        leases = (self._data.leases[lease_id] for lease_id in ids)
+        return self._by_age(self._data.leases[lease_id] for lease_id in ids)
+
+    @staticmethod
+    def _by_age(leases: Iterable[Lease]) -> list[Lease]:
         return sorted(leases, key=lambda lease: (lease.created_at, lease.id))
 
     def claim_due_leases(self, now: datetime, until: datetime, limit: int) -> list[Lease]:
@@ -589,13 +631,7 @@ class MemoryTransaction:
         return sum(self._data.spend[lease][2] for lease in leases)
 
     def reserved(self) -> int:
-        microseconds = (
-            lease.price * ((lease.expires_at - lease.created_at) // timedelta(microseconds=1))
-            for lease in self.open_leases()
-            if lease.expires_at > lease.created_at
-        )
-        # rounded up
-        return -(-sum(microseconds) // (3600 * 10**6))
+        return sum(lease.reserved for lease in self.open_leases())
 
     # beats and locks
 
