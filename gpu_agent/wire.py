@@ -256,7 +256,9 @@ class Recipe:
         validation_every: steps between validations, each of which may write a checkpoint.
         validation_share: share of images held out; with fewer than 8 images all are used for
             both, and the result says so.
-        keep_checkpoints: how many of the best (and the last) stay on disk.
+        checkpoint_s: seconds of training between checkpoints beside those; what a lost machine
+            costs at most. 0 means none beside those.
+        keep_checkpoints: how many of the best (and the last two) stay on disk.
         sample_prompts, sample_every: sample images; 0 means only at the end.
         precision: `auto` takes bf16 where the GPU has it, else fp16, and fp32 on a CPU.
     """
@@ -279,6 +281,7 @@ class Recipe:
     min_snr_gamma: float | None = None
     validation_every: int = 100
     validation_share: float = 0.1
+    checkpoint_s: float = 120.0
     keep_checkpoints: int = 3
     sample_prompts: tuple[str, ...] = ()
     sample_every: int = 0
@@ -386,6 +389,7 @@ _RECIPE_RULES: dict[str, tuple[Any, str]] = {
     "min_snr_gamma": (lambda got: got is None or _snr(got), f"null or {_snr_wants}"),
     "validation_every": _is_whole(1, 100_000),
     "validation_share": _is_real(0, 0.5),
+    "checkpoint_s": _is_real(0, 86_400),
     "keep_checkpoints": _is_whole(1, 100),
     "sample_prompts": (_is_prompts, "a list of at most 8 texts of 1 to 500 characters"),
     "sample_every": _is_whole(0, 100_000),
