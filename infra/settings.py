@@ -44,6 +44,8 @@ class Settings:
     #: Share of Vast's documented spacing between calls to keep; only a sandbox bears less than 1.
     vast_pace: float = 1.0
     vast_api_key: Secret = field(default=Secret(""), repr=False)
+    #: What Vast.ai signs its notifications with; without one they are not listened to.
+    vast_webhook_secret: Secret = field(default=Secret(""), repr=False)
     civitai_url: str = "https://civitai.com"
     civitai_api_key: Secret = field(default=Secret(""), repr=False)
     huggingface_url: str = "https://huggingface.co"
@@ -100,6 +102,7 @@ class Settings:
             vast_url=env.get("VAST_URL", defaults.vast_url).rstrip("/"),
             vast_pace=number("STOKER_VAST_PACE", defaults.vast_pace),
             vast_api_key=Secret(env.get("VAST_API_KEY", "")),
+            vast_webhook_secret=Secret(env.get("STOKER_VAST_WEBHOOK_SECRET", "")),
             civitai_url=env.get("CIVITAI_URL", defaults.civitai_url).rstrip("/"),
             civitai_api_key=Secret(env.get("CIVITAI_API_KEY", "")),
             huggingface_url=env.get("HF_ENDPOINT", defaults.huggingface_url).rstrip("/"),
@@ -136,6 +139,7 @@ class Settings:
             "VAST_URL": self.vast_url,
             "STOKER_VAST_PACE": str(self.vast_pace),
             "VAST_API_KEY": self.vast_api_key.reveal(),
+            "STOKER_VAST_WEBHOOK_SECRET": self.vast_webhook_secret.reveal(),
             "CIVITAI_URL": self.civitai_url,
             "CIVITAI_API_KEY": self.civitai_api_key.reveal(),
             "HF_ENDPOINT": self.huggingface_url,

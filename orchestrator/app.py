@@ -20,6 +20,7 @@ from orchestrator.attempt_auth import AttemptAuth
 from orchestrator.deps import Deps
 from orchestrator.health import health
 from orchestrator.metrics import Metrics
+from orchestrator.vast_hints import vast_hints
 from orchestrator.waker import Waker
 from orchestrator.webhook import Receiver, ReportTaker, WsgiReceiver, request_id
 
@@ -72,6 +73,7 @@ def create_app(deps: Deps) -> OpenAPI:
     app.register_api(datasets(deps, waker))
     app.register_api(jobs(deps, waker))
     app.register_blueprint(agent_api(deps, auth, waker))
+    app.register_blueprint(vast_hints(deps, waker))
     app.register_blueprint(health(deps, metrics, lambda: spec_of(app)))
     receiver = Receiver(auth, ReportTaker(deps.store, deps.clock, waker, metrics), metrics)
     app.wsgi_app = WsgiReceiver(app.wsgi_app, receiver)  # type: ignore[method-assign]

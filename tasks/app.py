@@ -69,6 +69,7 @@ _NAMES: Mapping[str, str] = {
     "build": "build_dataset",
     "verify": "verify_weights",
     "relay": "relay",
+    "sweep": "sweep",
 }
 
 
@@ -176,7 +177,7 @@ def reconcile() -> None:
 
 
 @app.task(name="sweep")
-def sweep() -> None:
+def sweep(_: Sequence[str] = ()) -> None:
     sweep_account(keeper(), services().settings.deployment)
 
 
