@@ -9,6 +9,14 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("chaos", "tests/chaos")
+    group.addoption("--chaos-rounds", type=int, default=8, help="so many kills; default: 8")
+    group.addoption("--chaos-seed", type=int, default=1, help="what is killed, and when")
+    group.addoption("--chaos-jobs", type=int, default=3, help="jobs under way all the time")
+    group.addoption("--chaos-report", default="", help="a JSON file for what came of it")
+
+
 def pytest_configure() -> None:
     """Whoever runs us in the background ignores SIGINT, and our children would inherit that."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
