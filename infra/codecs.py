@@ -237,7 +237,17 @@ def job_news(job: Job) -> Row:
 _CHANGING = ("id", *(name for name in JOBS.names if name not in JOB_CONSTANTS))
 #: What nearly every report changes, and nothing else. Listed, so that there are two statements
 #: and not one for each set of columns.
-_NEWS = ("id", "seq", "owed", "last_heard_at", "due_at", "orders", "progress")
+_NEWS = (
+    "id",
+    "seq",
+    "owed",
+    "last_heard_at",
+    "moved",
+    "moved_at",
+    "due_at",
+    "orders",
+    "progress",
+)
 _NO_NEWS = tuple(name for name in JOBS.names if name not in _NEWS)
 
 

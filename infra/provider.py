@@ -30,6 +30,8 @@ class LaunchSpec:
     disk_gb: float
     onstart: str
     env: Mapping[str, str] = field(default_factory=dict, repr=False)
+    #: micro-USD per hour for the GPU of an interruptible machine; 0 is on demand
+    bid: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,13 +39,15 @@ class Instance:
     """What the market says of an instance. `phase` is ours, read from the whole tuple of states:
 
     `starting` (created, loading), `running`, `ended` (exited, stopped, abandoned: it will not
-    run again by itself) or `lost` (unknown, offline: it may come back).
+    run again by itself) or `lost` (unknown, offline: it may come back). `preempted` says that the
+    market itself stopped it: outbid, or its GPU was wanted on demand.
     """
 
     id: str
     label: str
     machine_id: str
     phase: str
+    preempted: bool = False
     message: str = ""
     started_at: datetime | None = None
     price: int = 0
@@ -59,8 +63,11 @@ class Account:
 
 
 class Provider(Protocol):
-    def offers(self, needs: GpuNeeds, *, limit: int = 64) -> list[Offer]:
-        """Rentable now, each checked on our side against `needs`; in no promised order.
+    def offers(
+        self, needs: GpuNeeds, *, interruptible: bool = False, limit: int = 64
+    ) -> list[Offer]:
+        """Rentable now, each checked on our side against `needs`; in no promised order. With
+        `interruptible`, what can be bid for: the price says what we would bid.
 
         Raises: Refused, Unreadable.
         """

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from infra.provider import Account, Instance, LaunchSpec
-from state import policy
-from state.errors import AccountFault, OfferGone, ProviderError
+from state import ranking
+from state.errors import AccountFault, OfferGone
 from state.job import GpuNeeds
 from state.offer import Offer
 
@@ -25,11 +25,13 @@ from state.offer import Offer
 class Fault:
     """What goes wrong with one call: `error` is raised, before or after the call's effect.
 
+    Any exception will do: one that no caller catches is a caller that died there.
+
     A lost answer is `Fault(error=Unknown(...), after=True)`; a lost request the same without
     `after`; a refusal `Fault(error=OfferGone(...))`.
     """
 
-    error: ProviderError
+    error: BaseException
     after: bool = False
 
 
@@ -96,10 +98,13 @@ class MemoryProvider:
         self._ids = itertools.count(max(ids, default=0) + 1)
         self._lock = threading.RLock()
 
-    def offers(self, needs: GpuNeeds, *, limit: int = 64) -> list[Offer]:
+    def offers(
+        self, needs: GpuNeeds, *, interruptible: bool = False, limit: int = 64
+    ) -> list[Offer]:
         after = self._before("offers")
         with self._lock:
-            found = [item for item in self._offers.values() if policy.unmet(item, needs) is None]
+            listed = [item for item in self._offers.values() if bool(item.bid) is interruptible]
+        found = [item for item in listed if ranking.unmet(item, needs) is None]
         _raise(after)
         return sorted(found, key=lambda offer: offer.price)[:limit]
 
@@ -121,6 +126,7 @@ class MemoryProvider:
                 runs_from=now + timedelta(seconds=self._boot_s(taken)),
             )
             self.rentals[rental.id] = self._open[rental.id] = rental
+        self.began(rental)
         _raise(after)
         return rental.id
 
@@ -182,6 +188,13 @@ class MemoryProvider:
                 del self._open[rental.id]
             fresh = dataclasses.replace(rental.offer, id=str(next(self._ids)))
             self._offers[fresh.id] = fresh
+        self.ended(rental)
+
+    def began(self, rental: Rental) -> None:
+        """A contract was made, whatever its maker will be told. For subclasses."""
+
+    def ended(self, rental: Rental) -> None:
+        """A contract came to its end. For subclasses."""
 
     def running(self) -> list[Rental]:
         """Whatever costs money now, whether a list shows it or not."""

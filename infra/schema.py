@@ -65,6 +65,10 @@ def _real(name: str) -> Column[Any]:
     return Column(name, Double, nullable=True)
 
 
+def _measure(name: str) -> Column[Any]:
+    return Column(name, Double, nullable=False)
+
+
 def _time(name: str, *, null: bool = False) -> Column[Any]:
     return Column(name, DateTime(timezone=True), nullable=null)
 
@@ -100,7 +104,11 @@ jobs = Table(
     _json("reason", null=True),
     _time("retry_at", null=True),
     _time("deadline_at", null=True),
+    _id("lease"),
     _time("last_heard_at", null=True),
+    _count("moved"),
+    _time("moved_at", null=True),
+    _count("interruptions"),
     _time("due_at", null=True),
     _time("started_at", null=True),
     _time("finished_at", null=True),
@@ -142,13 +150,10 @@ attempts = Table(
     _id("job"),
     _count("number"),
     _time("created_at"),
-    _text("token_hash"),
-    _time("token_expires_at"),
     Column("secret", LargeBinary, nullable=True),
     _text("nonce", null=True),
     _time("hello_at", null=True),
     PrimaryKeyConstraint("job", "number"),
-    UniqueConstraint("token_hash"),
 )
 
 leases = Table(
@@ -161,32 +166,50 @@ leases = Table(
     _time("created_at"),
     _time("expires_at"),
     _text("status"),
+    _id("token_hash", null=True),
+    _time("token_expires_at", null=True),
+    _flag("hedge"),
     _text("offer_id"),
     _text("machine_id"),
     _text("gpu_name"),
     _text("geo"),
     _count("price"),
     _count("storage_price"),
+    _count("download_price"),
+    _count("upload_price"),
+    _count("bid"),
+    _measure("vram_gb"),
+    _measure("disk_gb"),
+    _measure("download_mbps"),
+    _measure("boot_s"),
+    _count("reserved"),
     _text("instance_id", null=True),
     _time("rented_at", null=True),
+    _time("running_at", null=True),
     _time("ready_at", null=True),
     _time("releasing_at", null=True),
     _time("released_at", null=True),
     _time("due_at", null=True),
     _count("tries"),
     _count("absent"),
+    _text("note"),
+    _time("noted_at", null=True),
     _text("why"),
     _count("cost"),
+    _count("billed", null=True),
     PrimaryKeyConstraint("id"),
     UniqueConstraint("label"),
+    UniqueConstraint("token_hash"),
     _one_of("status", LeaseStatus),
 )
 Index("leases_job", leases.c.job)
+Index("leases_created_at", leases.c.created_at)
 Index("leases_due", leases.c.due_at, postgresql_where=leases.c.due_at.is_not(None))
 Index(
     "leases_open",
     leases.c.job,
     leases.c.attempt,
+    leases.c.hedge,
     unique=True,
     postgresql_where=leases.c.status != LeaseStatus.RELEASED.value,
 )
@@ -334,9 +357,15 @@ hosts = Table(
     "hosts",
     metadata,
     _id("machine_id"),
+    _text("gpu_name"),
+    _text("geo"),
     _count("good"),
     _count("bad"),
+    _count("lies"),
+    _flag("blocked"),
+    _text("blocked_why"),
     _time("last_failed_at", null=True),
+    _time("last_seen_at", null=True),
     _text("last_reason"),
     _real("boot_s"),
     _real("download_mbps"),

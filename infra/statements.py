@@ -271,15 +271,17 @@ def open_leases() -> Select[Any]:
     return listing(codecs.LEASES, "created_at", "id").where(_IS_OPEN)
 
 
+def leases_since(when: datetime) -> Select[Any]:
+    return listing(codecs.LEASES, "created_at", "id").where(leases.c.created_at >= when)
+
+
 @cache
 def offers_taken() -> Sql:
     return _sql(select(leases.c.offer_id).where(_one_of(leases.c.offer_id, "ids"), _IS_OPEN))
 
 
 def reserved() -> Select[Any]:
-    """Micro-USD, rounded up."""
-    seconds = func.greatest(func.extract("epoch", leases.c.expires_at - leases.c.created_at), 0)
-    return select(func.ceil(func.sum(leases.c.price * seconds) / 3600)).where(_IS_OPEN)
+    return select(func.sum(leases.c.reserved)).where(_IS_OPEN)
 
 
 def spent(condition: ColumnElement[bool]) -> Select[Any]:

@@ -381,9 +381,6 @@ class SqlTransaction:
         what = f"attempt {number} of job {job_id}"
         return self._get(self._attempts, what, lock=lock, job=job_id, number=number)
 
-    def attempt_by_token(self, token_hash: str, *, lock: bool = False) -> Attempt | None:
-        return self._find(self._attempts, lock=lock, token_hash=token_hash)
-
     def list_attempts(self, job_id: str) -> list[Attempt]:
         wanted = statements.listing(self._attempts, "number")
         return self._values(self._attempts, wanted.where(schema.attempts.c.job == job_id))
@@ -391,7 +388,7 @@ class SqlTransaction:
     # leases
 
     def add_lease(self, lease: Lease) -> None:
-        what = f"lease {lease.id}, its label, or an open lease of this attempt"
+        what = f"lease {lease.id}, its label, its token, or an open lease of this attempt"
         self._add(codecs.LEASES, lease, what)
 
     def save_lease(self, lease: Lease) -> None:
@@ -403,6 +400,12 @@ class SqlTransaction:
     def leases_of(self, job_id: str) -> list[Lease]:
         wanted = statements.listing(codecs.LEASES, "created_at", "id")
         return self._values(codecs.LEASES, wanted.where(schema.leases.c.job == job_id))
+
+    def lease_by_token(self, token_hash: str, *, lock: bool = False) -> Lease | None:
+        return self._find(codecs.LEASES, lock=lock, token_hash=token_hash)
+
+    def leases_since(self, when: datetime) -> list[Lease]:
+        return self._values(codecs.LEASES, statements.leases_since(when))
 
     def open_leases(self) -> list[Lease]:
         return self._values(codecs.LEASES, statements.open_leases())

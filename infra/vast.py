@@ -30,7 +30,7 @@ from vastai.api.client import VastClient, VastSession
 from vastai.api.instances import build_create_instance_payload
 
 from infra.provider import Account, Instance, LaunchSpec
-from state import policy
+from state import ranking
 from state.errors import (
     AccountFault,
     OfferGone,
@@ -63,6 +63,8 @@ MAX_ANSWER_BYTES = 32 * 1024 * 1024
 MAX_ONSTART = 4048
 MAX_ENV = 32768
 HOURS_PER_MONTH = 730
+#: What we bid, times the least that would win now: who bids exactly that is outbid first.
+BID_MARGIN = 1.15
 #: A spent daily search quota comes back at midnight UTC; we look again each hour (seconds).
 QUOTA_PAUSE_S = 3600.0
 THROTTLED = frozenset({"rate_limit_exceeded", "search_quota_exceeded"})
@@ -311,9 +313,11 @@ class VastProvider:
     def __repr__(self) -> str:
         return f"VastProvider({self._client.server_url!r})"
 
-    def offers(self, needs: GpuNeeds, *, limit: int = SEARCH_CAP) -> list[Offer]:
+    def offers(
+        self, needs: GpuNeeds, *, interruptible: bool = False, limit: int = SEARCH_CAP
+    ) -> list[Offer]:
         """See `Provider.offers`. Machines with one GPU, the cheapest first."""
-        query = _search(needs, limit)
+        query = _search(needs, limit, bid=interruptible)
         answer = self._searches.answer(
             query,
             lambda: self._read("search", lambda: self._client.post("/bundles/", json_data=query)),
@@ -321,10 +325,10 @@ class VastProvider:
         rows = answer.fields.get("offers")
         if not isinstance(rows, list):
             raise Unreadable(f"Vast's offers could not be read: {self._said(answer)}")
-        read = [offer for row in rows if (offer := _offer(row, needs.disk_gb))]
+        read = [offer for row in rows if (offer := _offer(row, needs.disk_gb, bid=interruptible))]
         if rows and not any(isinstance(row, dict) and "id" in row for row in rows):
             raise Unreadable(f"none of Vast's {len(rows)} offers could be read")
-        unique = {offer.id: offer for offer in read if policy.unmet(offer, needs) is None}
+        unique = {offer.id: offer for offer in read if ranking.unmet(offer, needs) is None}
         return list(unique.values())[:limit]
 
     def create(self, offer: Offer, spec: LaunchSpec) -> str:
@@ -499,6 +503,7 @@ class VastProvider:
             label=_text(row.get("label")),
             machine_id=_text(row.get("machine_id")),
             phase=phase(row),
+            preempted=_preempted(row),
             message=_text(row.get("status_msg")).replace(self._key, "***").strip()[:500],
             started_at=_moment(row.get("start_date")),
             price=_micro(row, "dph_total") or 0,
@@ -531,7 +536,13 @@ def phase(row: Mapping[str, Any]) -> str:
     return "lost"
 
 
-def _search(needs: GpuNeeds, limit: int) -> dict[str, Any]:
+def _preempted(row: Mapping[str, Any]) -> bool:
+    """Whether the market itself stopped it, or never started it, without a word of a fault."""
+    stopped = str(row.get("intended_status")).lower() == "stopped"
+    return stopped and "error" not in _text(row.get("status_msg")).lower()
+
+
+def _search(needs: GpuNeeds, limit: int, *, bid: bool) -> dict[str, Any]:
     query: dict[str, Any] = {
         "rentable": {"eq": True},
         "rented": {"eq": False},
@@ -544,7 +555,7 @@ def _search(needs: GpuNeeds, limit: int) -> dict[str, Any]:
         "cuda_max_good": {"gte": needs.min_cuda},
         "dph_total": {"lte": needs.max_price / 1e6},
         "order": [["dph_total", "asc"]],
-        "type": "on-demand",
+        "type": "bid" if bid else "on-demand",
         "limit": max(1, min(limit, SEARCH_CAP)),
         "allocated_storage": needs.disk_gb,
     }
@@ -555,7 +566,7 @@ def _search(needs: GpuNeeds, limit: int) -> dict[str, Any]:
     return query
 
 
-def _offer(row: Any, disk_gb: float) -> Offer | None:
+def _offer(row: Any, disk_gb: float, *, bid: bool) -> Offer | None:
     """The offer in a row of a search; None when it cannot be rented or read."""
     if not isinstance(row, dict) or row.get("rentable") is False or row.get("rented") is True:
         return None
@@ -566,6 +577,13 @@ def _offer(row: Any, disk_gb: float) -> Offer | None:
         return None
     reliability = _number(row, "reliability2")
     storage_price = (_micro(row, "storage_cost") or 0) * disk_gb / HOURS_PER_MONTH
+    offered = 0
+    if bid:
+        least = _micro(row, "min_bid")
+        if not least:
+            return None
+        offered = round(least * BID_MARGIN)
+        price = round(offered + storage_price)
     return Offer(
         id=identity,
         machine_id=machine,
@@ -585,6 +603,7 @@ def _offer(row: Any, disk_gb: float) -> Offer | None:
         geo=_text(row.get("geolocation")).strip(),
         duration_s=_number(row, "duration") or 0.0,
         dlperf=_number(row, "dlperf") or 0.0,
+        bid=offered,
     )
 
 
@@ -599,6 +618,7 @@ def _create_body(spec: LaunchSpec) -> dict[str, Any]:
         disk=spec.disk_gb,
         env=dict(spec.env),
         label=spec.label,
+        price=spec.bid / 1_000_000 if spec.bid else None,
         onstart_cmd=spec.onstart,
         ssh=True,
         direct=False,

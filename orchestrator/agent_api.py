@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import datetime, timedelta
 from typing import Any
 
 from flask import Blueprint, Response, jsonify, request
@@ -20,16 +19,13 @@ from orchestrator.deps import Deps
 from orchestrator.waker import Waker
 from orchestrator.webhook import read_body, signed_headers, stale
 from state import record
-from state.errors import IllegalMove, NotFound, StokerError
-from state.events import Attempt, Event, Secret
+from state.errors import AttemptOver, IllegalMove, NotFound, StokerError, TokenRefused
+from state.events import Secret
 from state.job import Job, Reason
-from state.lease import Lease
 from state.store import Transaction
 from tasks.verify import attempt_key
 
 _log = logs.logger(__name__)
-#: The same nonce within this time gets the same answer: the first one may have been lost.
-HELLO_AGAIN = timedelta(seconds=60)
 URL_SPAN_S = 3600
 MAX_FILES = 100
 MAX_FILE_BYTES = 5 * 10**9
@@ -62,16 +58,6 @@ class Hello:
         return cls(token_hash=hashed, nonce=nonce)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Admission:
-    """An attempt whose agent may have its job now."""
-
-    job: Job
-    attempt: Attempt
-    lease: Lease
-    resume: tuple[tuple[str, int, str, str], ...]
-
-
 class Doorkeeper:
     """Answers hellos."""
 
@@ -85,62 +71,33 @@ class Doorkeeper:
         again with it.
 
         Raises:
-            Refusal: 401 unknown, expired or used token; 410 the attempt is over; 503 the base
-                model cannot be had at the moment, or the dataset's URL not be made.
+            TokenRefused: it is unknown, expired or used.
+            AttemptOver: the attempt is over, or another machine has it.
+            Refusal: 503 the base model cannot be had at the moment, or the dataset's URL not be
+                made.
         """
+        token, nonce = hello.token_hash, hello.nonce
         with self._deps.store.transaction() as tx:
-            seen = self._admit(tx, hello, lock=False)
+            seen = record.knock(tx, token, nonce, self._deps.clock())
+            kept = _checkpoint(tx, seen.job)
         with logs.bound(job=seen.job.id, attempt=seen.attempt.number):
             base = self.base(seen.job)
-            dataset, resume = self._downloads(seen)
+            dataset, resume = self._downloads(seen.job, kept)
+            fresh, now = Secret(wire.new_secret()), self._deps.clock()
             with self._deps.store.transaction() as tx:
-                secret = self._use(tx, self._admit(tx, hello, lock=True), hello)
+                seen = record.knock(tx, token, nonce, now, lock=True)
+                secret = record.admit(tx, seen, nonce=nonce, secret=fresh, now=now)
             _log.info("agent said hello")
-        return self._spec(seen, dataset, base, resume, secret)
-
-    def _admit(self, tx: Transaction, hello: Hello, *, lock: bool) -> Admission:
-        now = self._deps.clock()
-        attempt = tx.attempt_by_token(hello.token_hash)
-        if attempt is None:
-            raise _unknown_token()
-        # Jobs are locked before what hangs on them, here as everywhere.
-        job = tx.job(attempt.job, lock=lock)
-        attempt = tx.attempt_by_token(hello.token_hash, lock=lock)
-        if attempt is None or not _welcome(attempt, hello.nonce, now):
-            raise _unknown_token()
-        leases = [
-            item for item in tx.leases_of(job.id) if item.open and item.attempt == attempt.number
-        ]
-        if job.attempt != attempt.number or not job.active or not leases:
-            raise stale()
-        return Admission(job=job, attempt=attempt, lease=leases[-1], resume=_checkpoint(tx, job))
+        return self._spec(seen, dataset, base, resume, secret.reveal())
 
     def refuse_stranger(self, hello: Hello) -> None:
-        """Revoke the token if it was used with another nonce: two parties know it."""
-        now = self._deps.clock()
+        """A refused token: if somebody else used it before, the job goes to another machine."""
         with self._deps.store.transaction() as tx:
-            found = tx.attempt_by_token(hello.token_hash)
-            if found is None:
-                return
-            job = tx.job(found.job, lock=True)
-            attempt = tx.attempt_by_token(hello.token_hash, lock=True)
-            if attempt is None or attempt.hello_at is None or attempt.nonce == hello.nonce:
-                return
-            if _revoked(attempt):
-                return
-            tx.save_attempt(attempt.evolve(token_expires_at=attempt.created_at))
-            _note(tx, job, attempt.number, "agent.token_reused", now)
-        with logs.bound(job=job.id, attempt=attempt.number):
-            _log.warning("a bootstrap token came twice with different nonces; revoked")
-
-    def _use(self, tx: Transaction, seen: Admission, hello: Hello) -> str:
-        attempt, now = seen.attempt, self._deps.clock()
-        if attempt.hello_at is not None and attempt.secret is not None:
-            return attempt.secret.reveal()  # the answer to the first hello was lost
-        secret = wire.new_secret()
-        tx.save_attempt(attempt.evolve(nonce=hello.nonce, hello_at=now, secret=Secret(secret)))
-        _note(tx, seen.job, attempt.number, "agent.hello", now)
-        return secret
+            job = record.token_reused(tx, hello.token_hash, hello.nonce, self._deps.clock())
+        if job is not None:
+            with logs.bound(job=job.id):
+                _log.warning("a bootstrap token came twice with different nonces; revoked")
+            self._waker(job.id, record.wakes(job))
 
     def base(self, job: Job) -> wire.Download:
         try:
@@ -170,9 +127,11 @@ class Doorkeeper:
             return  # over already
         self._waker(job.id, record.wakes(stalled))
 
-    def _downloads(self, seen: Admission) -> tuple[wire.Download, tuple[wire.Download, ...]]:
+    def _downloads(
+        self, job: Job, kept: Sequence[tuple[str, int, str, str]]
+    ) -> tuple[wire.Download, tuple[wire.Download, ...]]:
         with self._deps.store.transaction() as tx:
-            dataset = _dataset_download(self._deps, tx, seen.job)
+            dataset = _dataset_download(self._deps, tx, job)
         resume = tuple(
             wire.Download(
                 url=self._deps.storage.presign_get(key, expires_s=URL_SPAN_S),
@@ -180,13 +139,13 @@ class Doorkeeper:
                 bytes=size,
                 sha256=sha256,
             )
-            for name, size, sha256, key in seen.resume
+            for name, size, sha256, key in kept
         )
         return dataset, resume
 
     def _spec(
         self,
-        seen: Admission,
+        seen: record.Admission,
         dataset: wire.Download,
         base: wire.Download,
         resume: tuple[wire.Download, ...],
@@ -208,28 +167,6 @@ class Doorkeeper:
             lease_ends_at=seen.lease.expires_at.timestamp(),
             resume=resume,
         )
-
-
-def _revoked(attempt: Attempt) -> bool:
-    return attempt.token_expires_at <= attempt.created_at
-
-
-def _welcome(attempt: Attempt, nonce: str, now: datetime) -> bool:
-    if attempt.hello_at is None:
-        return now < attempt.token_expires_at
-    return (
-        not _revoked(attempt) and attempt.nonce == nonce and now - attempt.hello_at <= HELLO_AGAIN
-    )
-
-
-def _unknown_token() -> Refusal:
-    return Refusal(401, "bad_token", "this token is unknown, expired or used")
-
-
-def _note(tx: Transaction, job: Job, attempt: int, kind: str, now: datetime) -> None:
-    job = job.evolve(seq=job.seq + 1)
-    tx.save_job(job)
-    tx.add_events([Event(job=job.id, seq=job.seq, attempt=attempt, type=kind, at=now)])
 
 
 def _dataset_download(deps: Deps, tx: Transaction, job: Job) -> wire.Download:
@@ -369,10 +306,11 @@ def agent_api(deps: Deps, auth: AttemptAuth, waker: Waker) -> Blueprint:
         said = Hello.from_bytes(read_body(request.environ))
         try:
             spec = doorkeeper.hello(said)
-        except Refusal as refusal:
-            if refusal.status == 401:
-                doorkeeper.refuse_stranger(said)
+        except TokenRefused:
+            doorkeeper.refuse_stranger(said)
             raise
+        except AttemptOver:
+            raise stale() from None
         response = Response(spec.to_bytes(), mimetype="application/json")
         response.headers["Cache-Control"] = "no-store"
         return response

@@ -4,6 +4,8 @@ StokerError
 ├── IllegalMove          an event that the machine refuses; nothing happened
 ├── NotFound             no such job, dataset, lease …
 ├── Conflict             it exists already, or its state forbids what was asked
+├── TokenRefused         a bootstrap token that is unknown, expired or used
+├── AttemptOver          this machine's attempt is over, or another machine has it
 ├── ProviderError        a GPU market (or our way to it)
 │   ├── Refused          a clear no: nothing was rented or changed (`code`, `machine_id`)
 │   │   ├── OfferGone    somebody else took this offer; the next one may do
@@ -38,6 +40,20 @@ class NotFound(StokerError):
 
 class Conflict(StokerError):
     """It exists already, or its present state forbids what was asked."""
+
+
+class TokenRefused(StokerError):
+    """A bootstrap token that is unknown, expired, used or revoked."""
+
+    def __init__(self) -> None:
+        super().__init__("this token is unknown, expired or used")
+
+
+class AttemptOver(StokerError):
+    """The attempt of a machine is over, or another machine has it: it must stop."""
+
+    def __init__(self) -> None:
+        super().__init__("this attempt is over: stop, and give the machine back")
 
 
 class ProviderError(StokerError):

@@ -90,17 +90,15 @@ class Delivery:
 
 @dataclass(frozen=True, kw_only=True)
 class Attempt:
-    """One try of a job on one machine: who its agent is, and by which secrets it is known.
+    """One try of a job: by which secret the agent that has it is known.
 
-    `token_hash` is the SHA-256 (hex) of the one-use bootstrap token. `nonce` is what the agent
-    sent with its hello: the same nonce within a minute gets the same answer again.
+    `nonce` is what that agent sent with its hello: the same nonce within a minute gets the same
+    answer again. The token that a hello is made with is the machine's (`Lease.token_hash`).
     """
 
     job: str
     number: int
     created_at: datetime
-    token_hash: str
-    token_expires_at: datetime
     secret: Secret | None = None
     nonce: str | None = None
     hello_at: datetime | None = None
@@ -181,12 +179,22 @@ class Idempotent:
 
 @dataclass(frozen=True, kw_only=True)
 class HostRecord:
-    """What we know of a machine: counts of outcomes, and when it last failed."""
+    """What we know of a machine: counts of outcomes, when it last failed, what was measured.
+
+    `lies` counts how often it was not what its offer said. `blocked` is an operator's word, and
+    holds until it is taken back.
+    """
 
     machine_id: str
+    gpu_name: str = ""
+    geo: str = ""
     good: int = 0
     bad: int = 0
+    lies: int = 0
+    blocked: bool = False
+    blocked_why: str = ""
     last_failed_at: datetime | None = None
+    last_seen_at: datetime | None = None
     last_reason: str = ""
     boot_s: float | None = None
     download_mbps: float | None = None

@@ -72,6 +72,9 @@ class JobRequest:
 
     `base` is `civitai:<version>`, `hf:<repo>[/<file>]`, `s3:<key>` or an https URL.
     `max_cost` is micro-USD for the whole job, all attempts together.
+    `interruptible` takes cheaper machines that somebody else may outbid; the training then goes
+    on elsewhere from its last checkpoint. `hedge` rents a second machine when the first is slow
+    to boot; the one that is ready first gets the job.
     """
 
     dataset_id: str
@@ -82,6 +85,8 @@ class JobRequest:
     gpu: GpuNeeds = GpuNeeds()
     max_cost: int = 5_000_000
     max_attempts: int = 3
+    interruptible: bool = False
+    hedge: bool = True
     webhook_url: str | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
 
@@ -98,7 +103,11 @@ class Job:
         dataset_ready: the zip is built and checked.
         entered_at: when the present status began.
         deadline_at: when the present status must have been left.
+        lease: id of the lease whose agent has the current attempt; empty until one said hello.
         last_heard_at: when the current attempt's agent was last heard (server clock).
+        moved: the agent's count of whatever it got done in this attempt; it only grows.
+        moved_at: when `moved` last grew, or the present status began.
+        interruptions: how many attempts were lost to higher bids; they are not held against it.
         due_at: when somebody must look at this job again; None when there is nothing to do.
         orders: waiting for the agent's next report.
         progress: latest of step, total, loss, eta_s, bytes … by kind.
@@ -120,7 +129,11 @@ class Job:
     reason: Reason | None = None
     retry_at: datetime | None = None
     deadline_at: datetime | None = None
+    lease: str = ""
     last_heard_at: datetime | None = None
+    moved: int = 0
+    moved_at: datetime | None = None
+    interruptions: int = 0
     due_at: datetime | None = None
     started_at: datetime | None = None
     finished_at: datetime | None = None

@@ -46,12 +46,22 @@ class Lease:
     Attributes:
         label: `<deployment>/<job>/<attempt>` plus a nonce; the only thing that survives a lost
             answer, so it is unique.
+        token_hash: SHA-256 (hex) of the one-use bootstrap token that the machine was given.
+        hedge: rented beside another machine of the same attempt that is slow to boot.
+        bid: micro-USD per hour that was bid for the GPU; 0 is on demand, and cannot be outbid.
         price: micro-USD per hour (GPU and disk) as offered.
         storage_price: micro-USD per hour of the disk alone, billed while not running.
+        download_price, upload_price: micro-USD per GB.
+        vram_gb, disk_gb, download_mbps: as offered; a machine that has less lies.
+        boot_s: how long its boot is expected to take (seconds).
+        reserved: micro-USD set aside for it when it was decided to rent.
         expires_at: after this anybody may destroy the instance.
         due_at: when somebody must look at this lease again.
         absent: how many readable lists in a row did not show it while it is released.
+        note, noted_at: what the market last said of its boot, and since when it says so.
+        running_at: when it was first seen running; the GPU bills from then on.
         why: for people: why it was kept, released or destroyed.
+        cost: micro-USD by our own count; `billed` is what the market charged, once it said so.
     """
 
     id: str
@@ -61,22 +71,37 @@ class Lease:
     created_at: datetime
     expires_at: datetime
     status: LeaseStatus = LeaseStatus.INTENDED
+    token_hash: str | None = None
+    token_expires_at: datetime | None = None
+    hedge: bool = False
     offer_id: str = ""
     machine_id: str = ""
     gpu_name: str = ""
     geo: str = ""
     price: int = 0
     storage_price: int = 0
+    download_price: int = 0
+    upload_price: int = 0
+    bid: int = 0
+    vram_gb: float = 0.0
+    disk_gb: float = 0.0
+    download_mbps: float = 0.0
+    boot_s: float = 0.0
+    reserved: int = 0
     instance_id: str | None = None
     rented_at: datetime | None = None
+    running_at: datetime | None = None
     ready_at: datetime | None = None
     releasing_at: datetime | None = None
     released_at: datetime | None = None
     due_at: datetime | None = None
     tries: int = 0
     absent: int = 0
+    note: str = ""
+    noted_at: datetime | None = None
     why: str = ""
     cost: int = 0
+    billed: int | None = None
 
     def to(self, status: LeaseStatus, **changes: Any) -> Self:
         """This lease in `status`.

@@ -147,7 +147,7 @@ def _known(job: Job) -> frozenset[str]:
 
 def _enter(job: Job, target: Status, at: datetime) -> Job:
     """`job` in `target`, with what belongs to the old status taken off."""
-    job = job.evolve(status=target, entered_at=at)
+    job = job.evolve(status=target, entered_at=at, moved_at=at)
     if target is Status.TRAINING:
         job = job.evolve(started_at=job.started_at or at)
     if target in TERMINAL:
@@ -231,7 +231,9 @@ def move(
                 stalled_from=None,
                 reason=None,
                 retry_at=None,
+                lease="",
                 last_heard_at=None,
+                moved=0,
                 orders=(),
                 progress={},
             )

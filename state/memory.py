@@ -16,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import datetime, timedelta
+from datetime import datetime
 from functools import partial
 from typing import Any, Generic, TypeVar
 
@@ -227,9 +227,7 @@ class MemoryTransaction:
 
     def changes(self) -> Changes:
         """What was written so far. A row that was written twice comes twice, last as it is."""
-        return [
-            (None if old is _ABSENT else old, rows.get(key)) for rows, key, old in self._undo
-        ]
+        return [(None if old is _ABSENT else old, rows.get(key)) for rows, key, old in self._undo]
 
     # the only two ways of writing
 

@@ -30,3 +30,5 @@ class Offer:
     #: seconds that the machine can still be rented
     duration_s: float = 0.0
     dlperf: float = 0.0
+    #: micro-USD per hour to bid for the GPU (in `price` already); 0 is on demand
+    bid: int = 0

@@ -11,13 +11,14 @@ import dataclasses
 import enum
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 from gpu_agent.wire import Fact, Order, Report
 from state import machine, policy
-from state.errors import Conflict, IllegalMove
+from state.errors import AttemptOver, Conflict, IllegalMove, NotFound, TokenRefused
 from state.events import (
+    Attempt,
     Dataset,
     DatasetStatus,
     Event,
@@ -29,6 +30,7 @@ from state.job import ACTIVE, Job, JobRequest, Reason, Status, Transition
 from state.lease import Lease, LeaseStatus
 from state.machine import Effect, Move
 from state.policy import Policy
+from state.renting import LOST_RACE
 from state.store import Transaction
 
 #: What the customer's webhook is called, by the status entered.
@@ -53,8 +55,13 @@ PROGRESS_KEYS: Mapping[Fact, str] = {
     Fact.TRAINING_COMPLETED: "result",
     Fact.WEIGHTS_UPLOADED: "upload",
 }
+#: Somebody bid more for the machine than we did.
+OUTBID = "host.outbid"
 #: Reasons that say nothing against the machine on which they happened.
-NOT_THE_HOSTS_FAULT = ("dataset.", "model.", "recipe.", "training.", "budget.", "pending")
+NOT_THE_HOSTS_FAULT = (
+    *("dataset.", "model.", "recipe.", "training.", "budget.", "account.", "pending"),
+    OUTBID,
+)
 
 
 class Outcome(enum.Enum):
@@ -177,27 +184,39 @@ class _Pen:
             self.release(job, f"its job is {target}")
         return job.evolve(due_at=policy.next_look(job, self.rules))
 
-    def release(self, job: Job, why: str) -> None:
-        """Every machine of the job must go."""
+    def release(self, job: Job, why: str, *, but: str = "") -> None:
+        """Every machine of the job must go, save that of the lease `but`."""
         for lease in self.tx.leases_of(job.id):
-            if lease.open and lease.status is not LeaseStatus.RELEASING:
-                changes = {"why": why, "releasing_at": self.now, "due_at": self.now, "tries": 0}
-                self.tx.save_lease(lease.to(LeaseStatus.RELEASING, **changes))
+            if lease.open and lease.status is not LeaseStatus.RELEASING and lease.id != but:
+                self.let_go(lease, why)
                 self.wake(job, "deallocate")
+
+    def let_go(self, lease: Lease, why: str) -> None:
+        """This machine must go."""
+        changes = {"why": why, "releasing_at": self.now, "due_at": self.now, "tries": 0}
+        self.tx.save_lease(lease.to(LeaseStatus.RELEASING, **changes))
 
     def stall(self, job: Job, reason: Reason) -> Job:
         """Stall, and fail at once when no retry will come."""
+        if reason.code == OUTBID:
+            job = job.evolve(interruptions=job.interruptions + 1)
         again = policy.retry_at(job, reason, self.now, self.rules)
         lease = _lease_of(self.tx, job)
-        if _blames_host(reason) and lease is not None and lease.machine_id:
-            job = job.evolve(excluded_machines=(*job.excluded_machines, lease.machine_id))
-            _remember_bad(self.tx, lease.machine_id, self.now, reason.code)
+        if lease is not None:
+            job = self.blame(job, lease, reason)
         job, steps = machine.move(job, Move.STALL, self.now, reason=reason, retry_at=again)
         job = self.passed(job, steps)
         if again is None:
             job, steps = machine.move(job, Move.FAIL, self.now, reason=reason)
             job = self.passed(job, steps)
         return job
+
+    def blame(self, job: Job, lease: Lease, reason: Reason) -> Job:
+        """Remember what happened on a machine, if it says something against that machine."""
+        if not _blames_host(reason) or not lease.machine_id:
+            return job
+        _remember_bad(self.tx, lease.machine_id, self.now, reason.code)
+        return job.evolve(excluded_machines=(*job.excluded_machines, lease.machine_id))
 
     def flush(self, jobs: Iterable[Job]) -> None:
         self.tx.save_jobs(list(jobs))
@@ -212,9 +231,10 @@ def _blames_host(reason: Reason) -> bool:
 
 
 def _lease_of(tx: Transaction, job: Job) -> Lease | None:
-    """The latest lease of the job's present attempt."""
+    """The lease whose agent has the job's present attempt, else the latest of the attempt."""
     leases = [lease for lease in tx.leases_of(job.id) if lease.attempt == job.attempt]
-    return leases[-1] if leases else None
+    latest = leases[-1] if leases else None
+    return next((lease for lease in leases if lease.id == job.lease), latest)
 
 
 def _remember_bad(tx: Transaction, machine_id: str, now: datetime, why: str) -> None:
@@ -279,8 +299,6 @@ def _take(pen: _Pen, job: Job, report: Report) -> tuple[Job, Outcome, tuple[Orde
     job = pen.note(job, str(report.type), report.data, report)
     job = _keep_progress(pen, job, report)
     job = pen.passed(job, steps)
-    if first_word:
-        _note_boot(pen, job)
     if first_word or not steps:
         job = job.evolve(due_at=_earlier(job.due_at, policy.next_look(job, pen.rules)))
     if report.type is Fact.ERROR:
@@ -310,12 +328,6 @@ def _keep_progress(pen: _Pen, job: Job, report: Report) -> Job:
     return job.evolve(progress={**job.progress, key: merged})
 
 
-def _note_boot(pen: _Pen, job: Job) -> None:
-    for lease in pen.tx.leases_of(job.id):
-        if lease.attempt == job.attempt and lease.open and lease.ready_at is None:
-            pen.tx.save_lease(lease.evolve(ready_at=pen.now))
-
-
 def _reason(data: Mapping[str, Any]) -> Reason:
     return Reason(
         code=str(data.get("code") or "agent.error")[:100],
@@ -338,6 +350,132 @@ def _relay_progress(pen: _Pen, job: Job) -> Job:
     relayed = {"at": pen.now.timestamp(), "percent": percent}
     job = job.evolve(progress={**job.progress, "relayed": relayed})
     return pen.owe(job, "job.progress", {"progress": dict(training)})
+
+
+# --- the agent's hello, and machines that fail before it --------------------------------------
+
+#: The same nonce within this time gets the same answer: the first one may have been lost.
+HELLO_AGAIN = timedelta(seconds=60)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Admission:
+    """A machine whose agent may have its job now; `again`, when it has it already."""
+
+    job: Job
+    attempt: Attempt
+    lease: Lease
+    again: bool
+
+
+def knock(
+    tx: Transaction, token_hash: str, nonce: str, now: datetime, *, lock: bool = False
+) -> Admission:
+    """Who is there with a token, and may it come in?
+
+    Raises:
+        TokenRefused: the token is unknown, expired, revoked, or was used by somebody else.
+        AttemptOver: the attempt is over, or another machine of it was ready first.
+    """
+    found = tx.lease_by_token(token_hash)
+    if found is None:
+        raise TokenRefused
+    # Jobs are locked before what hangs on them, here as everywhere.
+    job = tx.job(found.job, lock=lock)
+    lease = tx.lease(found.id, lock=lock)
+    attempt = tx.attempt(job.id, lease.attempt, lock=lock)
+    again = job.lease == lease.id
+    late = attempt.hello_at is None or now - attempt.hello_at > HELLO_AGAIN
+    if again and (late or attempt.nonce != nonce):
+        raise TokenRefused
+    if lease.token_expires_at is None or now >= lease.token_expires_at:
+        raise TokenRefused
+    over = lease.attempt != job.attempt or not job.active or not lease.open
+    if over or lease.status is LeaseStatus.RELEASING or job.lease not in ("", lease.id):
+        raise AttemptOver
+    return Admission(job=job, attempt=attempt, lease=lease, again=again)
+
+
+def admit(
+    tx: Transaction,
+    seen: Admission,
+    *,
+    nonce: str,
+    secret: Secret,
+    now: datetime,
+    machine: Mapping[str, Any] | None = None,
+    rules: Policy = policy.DEFAULT,
+) -> Secret:
+    """Give the attempt to the machine of `seen` (knocked with `lock`); the secret that its agent
+    signs with: `secret`, or the one that it got before. The other machine of a hedged boot goes.
+    """
+    if seen.again and seen.attempt.secret is not None:
+        return seen.attempt.secret
+    tx.save_attempt(seen.attempt.evolve(nonce=nonce, hello_at=now, secret=secret))
+    tx.save_lease(seen.lease.evolve(ready_at=now))
+    pen = _Pen(tx, now, rules)
+    job = seen.job.evolve(lease=seen.lease.id, last_heard_at=now, moved_at=now)
+    job = pen.note(job, "agent.hello", {"lease": seen.lease.id, "machine": dict(machine or {})})
+    pen.release(job, LOST_RACE, but=seen.lease.id)
+    pen.flush([job.evolve(due_at=policy.next_look(job, rules))])
+    return secret
+
+
+def token_reused(
+    tx: Transaction, token_hash: str, nonce: str, now: datetime, rules: Policy = policy.DEFAULT
+) -> Job | None:
+    """A refused token: if it was used before with another nonce, two parties know it. Then it is
+    revoked and the job goes elsewhere; the stalled job, else None."""
+    found = tx.lease_by_token(token_hash)
+    if found is None:
+        return None
+    job = tx.job(found.job, lock=True)
+    lease = tx.lease(found.id, lock=True)
+    attempt = tx.attempt(job.id, lease.attempt, lock=True)
+    mine = job.lease == lease.id and job.active
+    if not mine or attempt.nonce == nonce:
+        return None
+    tx.save_lease(lease.evolve(token_expires_at=lease.created_at))
+    pen = _Pen(tx, now, rules)
+    job = pen.note(job, "agent.token_reused", {"lease": lease.id})
+    words = "the machine's bootstrap token was used a second time, by somebody else"
+    job = pen.stall(job, Reason(code="host.token_reused", message=words))
+    pen.flush([job])
+    return job
+
+
+def machine_failed(
+    tx: Transaction, lease_id: str, reason: Reason, now: datetime, rules: Policy = policy.DEFAULT
+) -> Job | None:
+    """The machine of a lease will not do its job: the job as it is now, None when nothing changed.
+
+    Before its agent said hello another machine is tried within the same attempt; after that, and
+    when the attempt has tried enough machines, the job stalls.
+    """
+    try:
+        job = tx.job(tx.lease(lease_id).job, lock=True)
+    except NotFound:
+        return None
+    lease = tx.lease(lease_id, lock=True)
+    if not lease.open or lease.status is LeaseStatus.RELEASING:
+        return None
+    if not job.active or job.attempt != lease.attempt or job.lease not in ("", lease.id):
+        return None
+    pen = _Pen(tx, now, rules)
+    leases = (item for item in tx.leases_of(job.id) if item.attempt == job.attempt)
+    tried = [item for item in leases if item.rented_at]
+    alone = not any(item.open and item.id != lease.id for item in tried)
+    if job.lease or (alone and len(tried) >= rules.machines):
+        if policy.to_verify(job):
+            return None
+        job = pen.stall(job, reason)
+    else:
+        data = {"lease": lease.id, "machine": lease.machine_id, "reason": reason.to_dict()}
+        job = pen.note(pen.blame(job, lease, reason), "machine.failed", data)
+        pen.let_go(lease, reason.message)
+        job = job.evolve(due_at=now)
+    pen.flush([job])
+    return job
 
 
 # --- the server's own moves -------------------------------------------------------------------

@@ -73,12 +73,12 @@ class Transaction(Protocol):
     def attempt(self, job_id: str, number: int, *, lock: bool = False) -> Attempt:
         """Raises `NotFound`."""
 
-    def attempt_by_token(self, token_hash: str, *, lock: bool = False) -> Attempt | None: ...
     def list_attempts(self, job_id: str) -> list[Attempt]: ...
 
     # leases
     def add_lease(self, lease: Lease) -> None:
-        """Raises `Conflict` when the label exists, or the attempt has an open lease already."""
+        """Raises `Conflict` when the label or the token exists, or the attempt has an open lease
+        already: one, and one `hedge` beside it."""
 
     def save_lease(self, lease: Lease) -> None: ...
     def lease(self, lease_id: str, *, lock: bool = False) -> Lease:
@@ -86,6 +86,10 @@ class Transaction(Protocol):
 
     def leases_of(self, job_id: str) -> list[Lease]:
         """All of a job, oldest first."""
+
+    def lease_by_token(self, token_hash: str, *, lock: bool = False) -> Lease | None: ...
+    def leases_since(self, when: datetime) -> list[Lease]:
+        """Created at `when` or later, oldest first."""
 
     def open_leases(self) -> list[Lease]: ...
     def offers_taken(self, offer_ids: Collection[str]) -> set[str]:
@@ -167,7 +171,7 @@ class Transaction(Protocol):
     def spend_since(self, when: datetime) -> int: ...
     def spend_of(self, job_id: str) -> int: ...
     def reserved(self) -> int:
-        """Micro-USD that open leases may still cost: price by (expires_at - created_at)."""
+        """Micro-USD set aside for open leases."""
 
     # beats: small facts with a time, such as the last sweep or a worker's sign of life
     def beat(self, name: str, at: datetime, data: Mapping[str, Any] | None = None) -> None: ...

@@ -16,20 +16,21 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from infra.provider import LaunchSpec, Provider
-from state import policy, record
+from state import money, policy, ranking, record, renting
 from state.errors import AccountFault, NotFound, ProviderError, Refused, Throttled
 from state.events import Attempt
 from state.job import Job, Reason
 from state.lease import Lease, LeaseStatus
+from state.money import Budget
 from state.offer import Offer
-from state.policy import Budget, Policy, Step
+from state.policy import Policy
+from state.renting import Want
 from state.store import Store, Transaction
 
 #: How many offers one pass may try: each is one create call that was clearly refused.
 MAX_OFFERS_PER_PASS = 5
 #: A create call that has not been heard of for so long belongs to a process that died.
 CREATE_SPAN = timedelta(seconds=60)
-TOKEN_SPAN = timedelta(minutes=30)
 OTHERS_FIRST = "every offer that fits is being rented for another job"
 
 
@@ -72,37 +73,50 @@ class Renter:
                 job = tx.job(job_id)
             except NotFound:
                 return None
-            if not self._wanted(tx, job):
+            leases = tx.leases_of(job.id)
+            if renting.wanted(job, leases, self.clock(), self.rules) is None:
                 return None
             hosts = {host.machine_id: host for host in tx.hosts()}
-            work = policy.workload(job.request, tx.dataset(job.request.dataset_id).zip_bytes)
+            work = ranking.workload(job.request, tx.dataset(job.request.dataset_id).zip_bytes)
         if self.terms.kill_switch:
             self._wait(job_id, "renting is switched off by the operator")
             return None
         try:
-            offers = self.provider.offers(job.request.gpu)
+            offers = self._offers(job)
         except ProviderError as error:
             pause = error.retry_after if isinstance(error, Throttled) else None
             self._wait(job_id, f"the market could not be asked: {error}", pause=pause)
             return None
-        ranked = policy.rank(
+        beside = [lease.machine_id for lease in leases if lease.open]
+        ranked = ranking.rank(
             offers,
             work,
-            excluded=job.excluded_machines,
+            excluded=(*job.excluded_machines, *beside),
             hosts=hosts,
             now=self.clock(),
-            policy=self.rules,
+            rules=self.rules,
         )
         if not ranked:
             self._wait(job_id, _nothing_fits(job, offers))
             return None
-        return self._try_offers(job_id, ranked)
+        boots = {offer.id: ranking.boot_s(work, hosts.get(offer.machine_id)) for offer in ranked}
+        return self._try_offers(job_id, ranked, boots)
 
-    def _try_offers(self, job_id: str, ranked: Sequence[Offer]) -> Lease | None:
+    def _offers(self, job: Job) -> list[Offer]:
+        """What is for rent; for an interruptible job also by bid, until it was outbid too often."""
+        needs = job.request.gpu
+        offers = self.provider.offers(needs)
+        if job.request.interruptible and job.interruptions < self.rules.interruptions:
+            offers += self.provider.offers(needs, interruptible=True)
+        return offers
+
+    def _try_offers(
+        self, job_id: str, ranked: Sequence[Offer], boots: Mapping[str, float]
+    ) -> Lease | None:
         refusals: list[str] = []
         untried = list(ranked)
         while untried and len(refusals) < MAX_OFFERS_PER_PASS:
-            intended = self._intend(job_id, untried)
+            intended = self._intend(job_id, untried, boots)
             if intended is None:
                 return None
             lease, token, offer = intended
@@ -125,13 +139,13 @@ class Renter:
         self._wait(job_id, f"all offers were refused ({'; '.join(refusals)})")
         return None
 
-    def _wanted(self, tx: Transaction, job: Job) -> bool:
-        """Whether `job` needs a machine and has none, not even perhaps."""
-        if policy.decide(job, self.clock(), self.rules).step is not Step.ALLOCATE:
-            return False
-        return not any(lease.open for lease in tx.leases_of(job.id))
+    def _wanted(self, tx: Transaction, job: Job) -> Want | None:
+        """Which machine `job` needs now, if it needs one."""
+        return renting.wanted(job, tx.leases_of(job.id), self.clock(), self.rules)
 
-    def _intend(self, job_id: str, offers: Sequence[Offer]) -> tuple[Lease, str, Offer] | None:
+    def _intend(
+        self, job_id: str, offers: Sequence[Offer], boots: Mapping[str, float]
+    ) -> tuple[Lease, str, Offer] | None:
         """Write down that the first of `offers` which no other job of ours is after is about to
         be rented; None when that may not be, or there is none."""
         now = self.clock()
@@ -139,7 +153,8 @@ class Renter:
             # One at a time through here: budgets are sums over all leases.
             tx.lock("rent")
             job = tx.job(job_id, lock=True)
-            if not self._wanted(tx, job):
+            want = self._wanted(tx, job)
+            if want is None:
                 return None
             taken = tx.offers_taken([offer.id for offer in offers])
             offer = next((offer for offer in offers if offer.id not in taken), None)
@@ -147,7 +162,7 @@ class Renter:
                 self._explain(tx, job, Reason(code="gpu.none", message=OTHERS_FIRST), now)
                 return None
             spent = tx.spend_of(job.id)
-            hours = policy.lease_hours(job, spent, offer.price, self.rules)
+            hours = money.lease_hours(job, spent, offer.price, self.rules)
             budget = Budget(
                 per_hour=self.terms.per_hour_limit,
                 per_day=self.terms.per_day_limit,
@@ -155,13 +170,14 @@ class Renter:
                 spent_day=tx.spend_since(now - timedelta(days=1)),
                 reserved=tx.reserved(),
             )
-            reason = policy.over_budget(job, spent, offer.price, hours, budget)
+            reason = money.over_budget(job, spent, offer.price, hours, budget)
             if reason is not None and not reason.retryable:
                 record.stall(tx, job.id, reason, now, self.rules)
                 return None
             if reason is not None:
                 self._explain(tx, job, reason, now)
                 return None
+            token = secrets.token_urlsafe(32)
             lease = Lease(
                 # Counted under the job's lock, so that leases sort as they were made.
                 id=f"{job.id}.{len(tx.leases_of(job.id)) + 1:03d}",
@@ -170,36 +186,31 @@ class Renter:
                 label=self.terms.label(job),
                 created_at=now,
                 expires_at=now + timedelta(hours=hours),
+                # The token is all that the machine will be given; its hash is all that we keep.
+                token_hash=hashlib.sha256(token.encode()).hexdigest(),
+                token_expires_at=now + self.rules.token,
+                hedge=want is Want.HEDGE,
                 offer_id=offer.id,
                 machine_id=offer.machine_id,
                 gpu_name=offer.gpu_name,
                 geo=offer.geo,
                 price=offer.price,
                 storage_price=offer.storage_price,
+                download_price=offer.download_price,
+                upload_price=offer.upload_price,
+                bid=offer.bid,
+                vram_gb=offer.vram_gb,
+                disk_gb=offer.disk_gb,
+                download_mbps=offer.download_mbps,
+                boot_s=boots[offer.id],
+                reserved=round(offer.price * hours),
                 due_at=now + CREATE_SPAN,
                 why="a GPU is being rented",
             )
             tx.add_lease(lease)
-            token = secrets.token_urlsafe(32)
-            self._admit(tx, job, token, now)
+            if not any(item.number == job.attempt for item in tx.list_attempts(job.id)):
+                tx.add_attempt(Attempt(job=job.id, number=job.attempt, created_at=now))
             return lease, token, offer
-
-    def _admit(self, tx: Transaction, job: Job, token: str, now: datetime) -> None:
-        """The token is all that the machine will be given; its hash is all that we keep."""
-        hashed = hashlib.sha256(token.encode()).hexdigest()
-        fresh = Attempt(
-            job=job.id,
-            number=job.attempt,
-            created_at=now,
-            token_hash=hashed,
-            token_expires_at=now + TOKEN_SPAN,
-        )
-        try:
-            tx.attempt(job.id, job.attempt, lock=True)
-        except NotFound:
-            tx.add_attempt(fresh)
-        else:
-            tx.save_attempt(fresh)
 
     def _launch(self, lease: Lease, token: str, offer: Offer) -> LaunchSpec:
         return LaunchSpec(
@@ -208,6 +219,7 @@ class Renter:
             disk_gb=40.0 if offer.disk_gb >= 40 else offer.disk_gb,
             onstart=self.terms.onstart,
             env={"STOKER_URL": self.terms.public_url, "STOKER_TOKEN": token},
+            bid=offer.bid,
         )
 
     def _rented(self, lease: Lease, instance_id: str) -> Lease:
@@ -218,8 +230,13 @@ class Renter:
             job = tx.job(lease.job, lock=True)
             when = record.rfc3339(now)
             search = f"rented {lease.gpu_name} on machine {lease.machine_id} at {when}"
-            tx.save_job(_with_search(job, search).evolve(due_at=policy.next_look(job, self.rules)))
+            tx.save_job(_with_search(job, search).evolve(due_at=self._next_look(job, lease)))
         return lease
+
+    def _next_look(self, job: Job, lease: Lease) -> datetime | None:
+        """The job's next look, or earlier: when a second machine is to be rented."""
+        times = (policy.next_look(job, self.rules), renting.hedged_from(job, lease, self.rules))
+        return min((at for at in times if at is not None), default=None)
 
     def _refused(self, lease: Lease, error: Refused) -> None:
         now = self.clock()
@@ -279,7 +296,7 @@ def _with_search(job: Job, words: str) -> Job:
 
 def _nothing_fits(job: Job, offers: Sequence[Offer]) -> str:
     needs = job.request.gpu
-    wanted = f"{needs.min_vram_gb:g} GB VRAM at most {policy.dollars(needs.max_price)}/h"
+    wanted = f"{needs.min_vram_gb:g} GB VRAM at most {money.dollars(needs.max_price)}/h"
     names = f" ({', '.join(needs.gpu_names)})" if needs.gpu_names else ""
     if offers:
         return f"{len(offers)} offers meet the needs, but each machine failed a job before"

@@ -13,9 +13,9 @@ from datetime import datetime, timedelta
 import structlog
 
 from infra.provider import Instance, Provider
-from state import policy, record
-from state.errors import IllegalMove, NotFound, ProviderError
-from state.job import Reason, Status
+from state import money, policy, record, renting
+from state.errors import NotFound, ProviderError
+from state.job import Reason
 from state.lease import Lease, LeaseStatus
 from state.policy import Policy
 from state.store import Store, Transaction
@@ -67,7 +67,7 @@ class Keeper:
         except NotFound:
             return None
         now = self.clock()
-        why = policy.wants_release(lease, job, now)
+        why = renting.wants_release(lease, job, now)
         if why and lease.open:
             lease = lease.to(LeaseStatus.RELEASING, why=why, releasing_at=now, due_at=now, tries=0)
             tx.save_lease(lease)
@@ -87,7 +87,7 @@ class Keeper:
             for lease_id in lease_ids:
                 lease = tx.lease(lease_id, lock=True)
                 if lease.open:
-                    due = now + policy.release_pause(lease.tries)
+                    due = now + renting.release_pause(lease.tries)
                     tx.save_lease(lease.evolve(tries=lease.tries + 1, due_at=due))
 
     def _observe(self, lease_id: str, listed: Sequence[Instance]) -> None:
@@ -116,10 +116,10 @@ class Keeper:
             _log.info("adopted by label", lease=lease.id, instance=newest.id)
             return [instance for instance in mine if instance.id != newest.id]
         lease = lease.evolve(absent=lease.absent + 1)
-        if lease.absent >= ABSENT_LISTS and policy.settled(lease, now, self.rules):
+        if lease.absent >= ABSENT_LISTS and renting.settled(lease, now, self.rules):
             self._close(tx, lease, now, "never made")
         else:
-            due = now + policy.release_pause(lease.tries)
+            due = now + renting.release_pause(lease.tries)
             tx.save_lease(lease.evolve(tries=lease.tries + 1, due_at=due))
         return []
 
@@ -128,12 +128,12 @@ class Keeper:
     ) -> list[Instance]:
         if mine:
             known = lease.instance_id or mine[0].id
-            due = now + policy.release_pause(lease.tries)
+            due = now + renting.release_pause(lease.tries)
             changes = {"instance_id": known, "absent": 0, "tries": lease.tries + 1, "due_at": due}
             tx.save_lease(lease.evolve(**changes, rented_at=lease.rented_at or now))
             return [item for item in mine if item.id != lease.instance_id]
         lease = lease.evolve(absent=lease.absent + 1)
-        proven = lease.instance_id is not None or policy.settled(lease, now, self.rules)
+        proven = lease.instance_id is not None or renting.settled(lease, now, self.rules)
         if lease.absent >= ABSENT_LISTS and proven:
             self._close(tx, lease, now, lease.why)
         else:
@@ -142,7 +142,7 @@ class Keeper:
 
     def _close(self, tx: Transaction, lease: Lease, now: datetime, why: str) -> None:
         lease = lease.to(LeaseStatus.RELEASED, released_at=now, due_at=None, why=why)
-        lease = lease.evolve(cost=policy.cost(lease, now))
+        lease = lease.evolve(cost=money.cost(lease, now))
         tx.save_lease(lease)
         if lease.rented_at is not None:
             tx.add_spend(lease=lease.id, job=lease.job, at=now, amount=lease.cost)
@@ -231,19 +231,14 @@ def _lost(
                 tx.save_lease(row.evolve(absent=absent))
         if ended or absent >= ABSENT_LISTS:
             what = ended[0].message or "the instance ended" if ended else "the instance vanished"
-            if _stall(keeper, lease, what, now):
+            if _failed(keeper, lease, what, ended[0].preempted if ended else False, now):
                 stalled.append(lease.id)
     return stalled
 
 
-def _stall(keeper: Keeper, lease: Lease, what: str, now: datetime) -> bool:
+def _failed(keeper: Keeper, lease: Lease, what: str, preempted: bool, now: datetime) -> bool:
+    """Whether the job of `lease` takes note of its end."""
     with keeper.store.transaction() as tx:
-        job = tx.job(lease.job, lock=True)
-        if not job.active or job.attempt != lease.attempt or policy.to_verify(job):
-            return False
-        code = "host.ended" if job.status is not Status.PENDING_GPU else "host.boot"
-        try:
-            record.stall(tx, job.id, Reason(code=code, message=what), now, keeper.rules)
-        except IllegalMove:
-            return False
-    return True
+        code = "host.boot" if lease.ready_at is None else "host.ended"
+        reason = Reason(code=record.OUTBID if preempted and lease.bid else code, message=what)
+        return record.machine_failed(tx, lease.id, reason, now, keeper.rules) is not None

@@ -64,6 +64,7 @@ TABLE: tuple[tuple[type[Exception], int, str, bool], ...] = (
     (errors.NotFound, 404, "not_found", False),
     (errors.IllegalMove, 409, "illegal_move", False),
     (errors.Conflict, 409, "conflict", False),
+    (errors.TokenRefused, 401, "bad_token", False),
     (wire.SignatureError, 401, "bad_signature", False),
     (wire.RecipeError, 422, "invalid_recipe", False),
     (wire.WireError, 422, "invalid_report", False),

@@ -8,7 +8,6 @@ applied and on disk before the answer). Client, server and database share the pr
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import socket
 import subprocess
@@ -17,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any
 
 import psycopg
@@ -220,8 +219,6 @@ def _agents(store: SqlStore) -> list[_Agent]:
                     job=job.id,
                     number=1,
                     created_at=now,
-                    token_hash=hashlib.sha256(secret.encode()).hexdigest(),
-                    token_expires_at=now + timedelta(minutes=30),
                     secret=Secret(secret),
                 )
             )

@@ -32,7 +32,7 @@ from orchestrator.cli.jobs import fetch_results, photo_files, upload_dataset
 from orchestrator.cli.processes import check_free
 from orchestrator.cli.receiver import Receiver
 from orchestrator.cli.stage import TINY_BASE, Stage
-from state import policy
+from state import money
 
 #: For a model of a few million parameters and a handful of photographs, on two cores.
 TINY_RECIPE: Mapping[str, Any] = {
@@ -317,7 +317,7 @@ def _tell(report: Mapping[str, Any]) -> None:
     rows = [
         ("weights", weights["path"] if weights else "none"),
         ("loss", f"{first:.4f} before, {best:.4f} after ({1 - best / first:.0%} lower)"),
-        ("cost", f"it would have cost {policy.dollars(report['cost']['micro_usd'])}"),
+        ("cost", f"it would have cost {money.dollars(report['cost']['micro_usd'])}"),
         ("webhooks", f"{report['webhooks']['received']} received, verified, in order"),
         ("instances", f"{len(report['instances_left'])} left"),
     ]

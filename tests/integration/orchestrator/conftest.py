@@ -150,36 +150,33 @@ class Edge:
         with self.store.transaction() as tx:
             return record.create_job(tx, request, owner=owner, now=now, job_id=new_id("job", now))
 
-    def rent(self, job: Job, *, token: str = TOKEN, lease: bool = True) -> Attempt:
+    def rent(self, job: Job, *, token: str = TOKEN, hedge: bool = False) -> Attempt:
         """What `allocate` leaves behind: an open lease, and a token for its agent."""
         now = self.clock()
-        attempt = Attempt(
-            job=job.id,
-            number=job.attempt,
-            created_at=now,
-            token_hash=hashlib.sha256(token.encode()).hexdigest(),
-            token_expires_at=now + timedelta(minutes=30),
-        )
+        attempt = Attempt(job=job.id, number=job.attempt, created_at=now)
         with self.store.transaction() as tx:
-            tx.add_attempt(attempt)
-            if lease:
-                tx.add_lease(
-                    Lease(
-                        id=new_id("ls", now),
-                        job=job.id,
-                        attempt=job.attempt,
-                        label=f"test/{job.id}/{job.attempt}",
-                        created_at=now,
-                        rented_at=now,
-                        expires_at=now + timedelta(hours=12),
-                        status=LeaseStatus.RENTED,
-                        machine_id="m1",
-                        gpu_name="RTX 4090",
-                        geo="NO",
-                        price=360_000,
-                        instance_id="i1",
-                    )
+            if not hedge:
+                tx.add_attempt(attempt)
+            tx.add_lease(
+                Lease(
+                    id=new_id("ls", now),
+                    job=job.id,
+                    attempt=job.attempt,
+                    label=f"test/{job.id}/{job.attempt}-{token}",
+                    hedge=hedge,
+                    token_hash=hashlib.sha256(token.encode()).hexdigest(),
+                    token_expires_at=now + timedelta(minutes=30),
+                    created_at=now,
+                    rented_at=now,
+                    expires_at=now + timedelta(hours=12),
+                    status=LeaseStatus.RENTED,
+                    machine_id="m1",
+                    gpu_name="RTX 4090",
+                    geo="NO",
+                    price=360_000,
+                    instance_id="i1",
                 )
+            )
         return attempt
 
     def hello(self, token: str = TOKEN, nonce: str = "nonce-one", **more: Any) -> TestResponse:

@@ -97,10 +97,13 @@ def test_an_expired_or_unknown_token_is_refused_in_the_same_words(edge, problem)
     assert unknown["detail"] == expired["detail"]
 
 
-@pytest.mark.parametrize("why", ["cancelled", "older attempt", "no lease"])
+@pytest.mark.parametrize("why", ["cancelled", "older attempt", "another machine was first"])
 def test_a_hello_for_what_is_over_is_told_to_stop(edge, problem, why):
     job = edge.job()
-    edge.rent(job, lease=why != "no lease")
+    edge.rent(job)
+    if why == "another machine was first":
+        edge.rent(job, token="of the other", hedge=True)
+        assert edge.hello("of the other").status_code == 200
     with edge.store.transaction() as tx:
         if why == "cancelled":
             record.cancel(tx, job.id, edge.clock())

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 
 import pytest
 import requests
@@ -44,8 +44,6 @@ class Site:
                     job=job,
                     number=1,
                     created_at=now,
-                    token_hash=secret,
-                    token_expires_at=now + timedelta(hours=1),
                     secret=Secret(secret),
                 )
             )

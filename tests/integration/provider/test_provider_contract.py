@@ -10,7 +10,7 @@ import pytest
 
 from infra.provider import LaunchSpec
 from infra.sandbox.hosts import seeded
-from state import policy
+from state import ranking
 from state.errors import AccountFault, OfferGone
 from state.job import GpuNeeds
 
@@ -33,7 +33,7 @@ def test_offers_meet_every_need(tried: Any, needs: dict[str, Any]) -> None:
     wanted = GpuNeeds(**needs)
     offers = tried.provider.offers(wanted)
     assert offers
-    assert [policy.unmet(offer, wanted) for offer in offers] == [None] * len(offers)
+    assert [ranking.unmet(offer, wanted) for offer in offers] == [None] * len(offers)
 
 
 def test_needs_that_nobody_meets_give_no_offers(tried: Any) -> None:

@@ -106,8 +106,6 @@ class Make:
                 "job": job,
                 "number": number,
                 "created_at": self.now,
-                "token_hash": self._next("hash"),
-                "token_expires_at": self.after(3600),
             }
             | given
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
 
 import pytest
 
@@ -35,8 +34,8 @@ def everything_once(tx, make):
     tx.add_job(job, webhook_secrets=[Secret("whsec_x")])
     job = job.evolve(status=Status.PENDING_GPU)
     tx.save_job(job)
-    tx.add_attempt(make.attempt(job.id, token_hash="token"))
-    tx.add_lease(make.lease(job.id, id="lease_x", price=3_600_000))
+    tx.add_attempt(make.attempt(job.id))
+    tx.add_lease(make.lease(job.id, id="lease_x", token_hash="token", reserved=3_600_000))
     tx.add_events([make.report(job.id, 1)])
     tx.add_outgoing([make.outgoing(job.id, 1, id="msg_x")])
     tx.log_delivery(
@@ -60,7 +59,8 @@ def remains(tx, make):
         tx.list_jobs(statuses=[Status.PENDING_GPU]),
         tx.webhook_secrets("job_x"),
         tx.list_attempts("job_x"),
-        tx.attempt_by_token("token"),
+        tx.lease_by_token("token"),
+        tx.leases_since(make.now),
         tx.leases_of("job_x"),
         tx.open_leases(),
         tx.events("job_x"),
@@ -111,9 +111,9 @@ def test_changes_that_are_rolled_back_give_way_to_what_was_there(store, make):
     def interrupted():
         with store.transaction() as tx:
             tx.save_job(job.evolve(status=Status.FAILED, seq=9, due_at=make.after(99)))
-            tx.save_attempt(tx.attempt("job_x", 1).evolve(token_hash="other"))
+            tx.save_attempt(tx.attempt("job_x", 1).evolve(nonce="other"))
             tx.save_lease(tx.lease("lease_x").to(LeaseStatus.RELEASED))
-            tx.add_lease(make.lease("job_x"))
+            tx.add_lease(make.lease("job_x", token_hash="another"))
             tx.save_outgoing(tx.outgoing("msg_x").evolve(status=OutgoingStatus.DELIVERED))
             tx.delete_dataset("ds_x")
             tx.put_artefacts([artefact(make, "job_x", "weights.safetensors", bytes=1)])
@@ -293,7 +293,7 @@ def test_what_is_missing_is_not_found(make, commit):
             commit(ask, "none")
     with pytest.raises(NotFound):
         commit("attempt", "none", 1)
-    assert commit("attempt_by_token", "none") is None
+    assert commit("lease_by_token", "none") is None
     assert commit("api_key_by_hash", "none") is None
     assert commit("host", "none") is None
     assert commit("next_outgoing", "none") is None
@@ -305,7 +305,7 @@ def test_a_key_that_nothing_can_have_is_not_found(commit, key):
         commit("job", key)
     assert commit("jobs", [key]) == {}
     assert commit("known_reports", [key]) == set()
-    assert commit("attempt_by_token", key) is None
+    assert commit("lease_by_token", key) is None
     assert commit("list_jobs", owner=key) == []
     assert commit("list_jobs", metadata={key: key}) == []
     assert commit("list_jobs", dataset=key) == []
@@ -453,30 +453,52 @@ def test_two_claimers_never_get_the_same_row(store, make, commit):
 # --- attempts ---------------------------------------------------------------------------------
 
 
-def test_attempts_are_found_by_number_and_by_token(make, commit):
+def test_attempts_are_found_by_number(make, commit):
     first = make.attempt("job_1", 1, secret=Secret("whsec_1"), nonce="n", hello_at=make.now)
     second = make.attempt("job_1", 2)
     commit("add_attempt", second)
     commit("add_attempt", first)
     assert commit("list_attempts", "job_1") == [first, second]
     assert commit("attempt", "job_1", 1).secret.reveal() == "whsec_1"
-    assert commit("attempt_by_token", second.token_hash, lock=True) == second
-    second = second.evolve(secret=Secret("whsec_2"), token_hash="renewed")
+    second = second.evolve(secret=Secret("whsec_2"), nonce="m")
     commit("save_attempt", second)
     assert commit("attempt", "job_1", 2, lock=True) == second
-    assert commit("attempt_by_token", "renewed") == second
 
 
-def test_an_attempt_and_its_token_are_unique(make, commit):
+def test_an_attempt_is_unique(make, commit):
     attempt = make.attempt("job_1", 1)
     commit("add_attempt", attempt)
-    for other in (
-        make.attempt("job_1", 1),
-        make.attempt("job_2", 1, token_hash=attempt.token_hash),
-    ):
-        with pytest.raises(Conflict):
-            commit("add_attempt", other)
-    assert commit("list_attempts", "job_2") == []
+    with pytest.raises(Conflict):
+        commit("add_attempt", attempt)
+    assert commit("list_attempts", "job_1") == [attempt]
+
+
+def test_a_lease_is_found_by_its_token(make, commit):
+    lease = make.lease("job_1", token_hash="t1", token_expires_at=make.after(60))
+    commit("add_lease", lease)
+    commit("add_lease", make.lease("job_2"))
+    commit("add_lease", make.lease("job_3"))
+    assert commit("lease_by_token", "t1", lock=True) == lease
+    with pytest.raises(Conflict):
+        commit("add_lease", make.lease("job_4", token_hash="t1"))
+    assert commit("leases_of", "job_4") == []
+
+
+def test_leases_since_a_time_are_the_young_ones(make, commit):
+    old = make.lease("job_1", created_at=make.after(-1))
+    young = [make.lease("job_2"), make.lease("job_3", created_at=make.after(1))]
+    for lease in (old, *young):
+        commit("add_lease", lease)
+    assert commit("leases_since", make.now) == young
+
+
+def test_a_second_machine_may_be_held_beside_one_that_is_slow(make, commit):
+    commit("add_lease", make.lease("job_1"))
+    hedge = make.lease("job_1", hedge=True)
+    commit("add_lease", hedge)
+    assert hedge in commit("open_leases")
+    with pytest.raises(Conflict):
+        commit("add_lease", make.lease("job_1", hedge=True))
 
 
 def test_an_absurd_attempt_number_is_simply_not_found(commit):
@@ -537,14 +559,12 @@ def test_an_attempt_has_one_open_lease_at_a_time(make, commit):
 def test_open_leases_and_what_they_may_still_cost(make, commit):
     assert commit("open_leases") == []
     assert commit("reserved") == 0
-    hour, odd = timedelta(hours=1), timedelta(minutes=20, microseconds=1)
-    one = make.lease("job_1", price=400_000, expires_at=make.now + hour)
-    two = make.lease("job_2", price=300_000, expires_at=make.now + odd)
-    over = make.lease("job_3", price=9_000_000, status=LeaseStatus.RELEASED)
-    senseless = make.lease("job_4", price=9_000_000, expires_at=make.after(-60))
-    for lease in (one, two, over, senseless):
+    one = make.lease("job_1", reserved=400_000)
+    two = make.lease("job_2", reserved=100_001)
+    over = make.lease("job_3", reserved=9_000_000, status=LeaseStatus.RELEASED)
+    for lease in (one, two, over):
         commit("add_lease", lease)
-    assert commit("open_leases") == [one, two, senseless]
+    assert commit("open_leases") == [one, two]
     assert commit("offers_taken", [one.offer_id, "another"]) == {one.offer_id}
     assert commit("offers_taken", []) == set()
     assert commit("reserved") == 500_001

@@ -7,7 +7,6 @@ import hashlib
 import json
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
-from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -155,8 +154,6 @@ def house(clock: Callable[[], Any]) -> House:
                 job="job_1",
                 number=1,
                 created_at=now,
-                token_hash="x",
-                token_expires_at=now + timedelta(hours=1),
                 secret=Secret(SECRET),
             )
         )

@@ -10,7 +10,7 @@ import pytest
 
 from gpu_agent.wire import Fact
 from infra.provider_memory import Fault
-from state import policy, record
+from state import ranking, record
 from state.errors import AccountFault, OfferGone, Refused, Throttled, Unknown, Unreadable
 from state.job import GpuNeeds, Reason, Status
 from state.lease import LeaseStatus
@@ -45,7 +45,7 @@ def test_a_long_training_is_worth_a_faster_gpu_and_a_short_one_is_not(
     cheap = dataclasses.replace(offer, machine_id="cheap", gpu_name="RTX 3060", price=150_000)
     fast = dataclasses.replace(offer, id="2", machine_id="fast", price=400_000)
     request = world.add_job(recipe={"steps": steps}).request
-    ranked = policy.rank([fast, cheap], policy.workload(request, 10_000_000))
+    ranked = ranking.rank([fast, cheap], ranking.workload(request, 10_000_000))
     assert ranked[0].machine_id == machine
 
 

@@ -1,0 +1,75 @@
+"""When a job needs a machine, and when a machine must go."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+
+from state import policy
+from state.job import Job, Status
+from state.lease import Lease, LeaseStatus
+from state.policy import Policy, Step
+
+
+class Want(enum.Enum):
+    """Which machine a job needs now."""
+
+    FIRST = "first"
+    #: One beside another that is slow to boot.
+    HEDGE = "hedge"
+
+
+def wanted(
+    job: Job, leases: Sequence[Lease], now: datetime, rules: Policy = policy.DEFAULT
+) -> Want | None:
+    """The machine that `job`, which has these leases, needs now; None when it needs none, or may
+    have one already."""
+    if policy.decide(job, now, rules).step is not Step.ALLOCATE:
+        return None
+    held = [lease for lease in leases if lease.open]
+    if not held:
+        return Want.FIRST
+    slow = len(held) == 1 and held[0].attempt == job.attempt and not held[0].hedge
+    hedge_at = hedged_from(job, held[0], rules) if slow else None
+    return Want.HEDGE if hedge_at is not None and now >= hedge_at else None
+
+
+def hedged_from(job: Job, lease: Lease, rules: Policy = policy.DEFAULT) -> datetime | None:
+    """When a second machine is rented beside `lease`, unless its agent is heard before; None
+    for never."""
+    if not job.request.hedge or lease.status is not LeaseStatus.RENTED or lease.rented_at is None:
+        return None
+    expected = timedelta(seconds=lease.boot_s * rules.hedge_factor)
+    return lease.rented_at + max(rules.hedge_least, expected)
+
+
+def release_pause(tries: int) -> timedelta:
+    """Pause before the next look at a lease that is being released: 1, 2, 4 … 60 s, for ever."""
+    return timedelta(seconds=min(60, 2 ** min(tries, 6)))
+
+
+def settled(lease: Lease, now: datetime, rules: Policy = policy.DEFAULT) -> bool:
+    """Whether a lease is so old that lists without its instance prove that there is none."""
+    return now - lease.created_at >= rules.settle
+
+
+def wants_release(lease: Lease, job: Job | None, now: datetime) -> str | None:
+    """Why this lease must go now, or None while it may stay."""
+    if lease.status in (LeaseStatus.RELEASING, LeaseStatus.RELEASED):
+        return None
+    if job is None:
+        return "its job is unknown"
+    if now >= lease.expires_at:
+        return "its lease ended"
+    if job.terminal or job.status is Status.STALLED:
+        return f"its job is {job.status}"
+    if lease.attempt != job.attempt:
+        return f"its job is at attempt {job.attempt}"
+    if job.lease not in ("", lease.id):
+        return LOST_RACE
+    return None
+
+
+#: Why the slower of two machines goes.
+LOST_RACE = "another machine was ready first"
