@@ -10,6 +10,7 @@ stdout carries one JSON object per line and nothing else::
      "buckets": {"64x64": 5}, "label": "train-eval", "step": 0, "resume_refused": null, …}
     {"event": "progress", "step": 31, "total": 200, "loss": …, "lr": …, "steps_per_s": …,
      "eta_s": …, "points": [[step, loss, lr], …]}
+    {"event": "alive", "phase": "caching", "done": 3, "total": 20}
     {"event": "validation", "step": 50, "loss": …, "stderr": …}
     {"event": "checkpoint", "step": 50, "path": …, "best": true}
     {"event": "sample", "step": 200, "path": …, "prompt": …}
@@ -18,6 +19,9 @@ stdout carries one JSON object per line and nothing else::
     {"event": "error", "code": "dataset.image", "message": …, "retryable": false}
 
 stdin takes orders: ``{"order": "checkpoint_now" | "sample_now" | "stop"}``, one per line.
+
+`alive` comes where no steps are done: `loading`, `caching`, `encoding`, `validating`, `sampling`,
+`saving`, and `training` inside a step of several passes.
 
 The exit status is 0 after `completed`; 75 after an ordered stop or SIGTERM (from the first step on
 a checkpoint has been written); 1 after `error`.
@@ -36,7 +40,7 @@ from pathlib import Path
 from gpu_agent.lora.errors import TrainerError, TrainingError
 from gpu_agent.lora.hush import hush_libraries
 from gpu_agent.lora.job import Job
-from gpu_agent.lora.talk import Events, JsonLines, Orders
+from gpu_agent.lora.talk import Events, JsonLines, Orders, Pulse, mebibytes_touched
 
 #: sysexits.h calls it EX_TEMPFAIL: come back later, nothing is lost.
 STOPPED = 75
@@ -69,9 +73,9 @@ def _train(job_file: Path, events: Events, orders: Orders) -> bool:
     planned = plan.make(Job.read(job_file))
     if orders.stop:
         return False
-    from gpu_agent.lora import (
-        session,
-    )  # torch and diffusers take seconds; a bad job never gets here
+    # torch and diffusers take seconds, on a slow disk many; a bad job never gets here
+    with Pulse(events, orders).watched("loading", mebibytes_touched):
+        from gpu_agent.lora import session
 
     return session.train(planned, events, orders)
 

@@ -49,6 +49,9 @@ class Adapter:
 
     @torch.no_grad()
     def fill(self, tensors: Mapping[str, Any]) -> None:
-        """Raises `KeyError` where a tensor is missing."""
+        """Raises `ValueError`, and nothing happened, where tensors do not fit."""
+        for name, parameter in self._named.items():
+            if name not in tensors or tensors[name].shape != parameter.shape:
+                raise ValueError(f"{name} is missing or of another shape")
         for name, parameter in self._named.items():
             parameter.copy_(tensors[name])

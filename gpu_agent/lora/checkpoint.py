@@ -6,10 +6,11 @@ A checkpoint is a folder that appears whole (written beside, synced, renamed)::
         lora.safetensors    the LoRA at this step, in diffusers naming: usable as it is
         best.safetensors    the best LoRA so far, where that is another one
         state.pt            optimizer, gradient scaler, losses so far (no code in it)
-        manifest.json       step, what it belongs to, validations, size and SHA-256 of each file
+        about.json          step, what it belongs to, validations, size and SHA-256 of each file
 
-There is no random state in it, because nothing draws by history (see `draws`). The learning rate
-is a function of the step.
+There is no random state and no place in the data's order in it, because nothing draws by history
+(see `draws`): both follow from the step, as the learning rate does. So saving at any moment changes
+nothing, and what goes on from here is what would have gone on.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ import logging
 import os
 import pickle
 import shutil
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,8 +38,8 @@ _log = logging.getLogger(__name__)
 LORA = "lora.safetensors"
 BEST = "best.safetensors"
 _STATE = "state.pt"
-_MANIFEST = "manifest.json"
-_FORMAT = 1
+_ABOUT = "about.json"
+_FORMAT = 2
 
 
 #: What reading a broken checkpoint can raise.
@@ -69,7 +71,7 @@ class Progress:
     Attributes:
         step: optimizer steps done.
         lora: tensors by their name in a diffusers LoRA file.
-        state: optimizer, scaler and losses, as `torch.save` keeps them.
+        state: optimizer, scaler, losses and what was painted, as `torch.save` keeps them.
         validations: by step; 0 is the untrained model.
     """
 
@@ -106,8 +108,8 @@ class Checkpoints:
             shutil.rmtree(folder)
 
     def save(self, progress: Progress) -> Path:
-        """Write a checkpoint, then drop those that are neither the last nor among the best."""
-        target = self._folder / f"step-{progress.step:08d}"
+        """Write a checkpoint, then drop those that are neither the last two nor among the best."""
+        target = self._folder / _name(progress.step)
         part = target.with_name(target.name + ".part")
         part.mkdir()
         save_file(dict(progress.lora), part / LORA)
@@ -115,14 +117,14 @@ class Checkpoints:
         best = self._file_of(progress.best_step, target)
         if best is not None:
             shutil.copyfile(best, part / BEST)
-        manifest = {
+        about = {
             "format": _FORMAT,
             "step": progress.step,
             **asdict(self._belongs),
             "validations": {str(step): asdict(seen) for step, seen in progress.validations.items()},
             "files": {file.name: _describe(file) for file in sorted(part.iterdir())},
         }
-        (part / _MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+        (part / _ABOUT).write_text(json.dumps(about), encoding="utf-8")
         _sync([*part.iterdir(), part])
         if target.exists():
             shutil.rmtree(target)
@@ -140,21 +142,26 @@ class Checkpoints:
     def adopt(self, found: Path) -> Progress:
         """Go on from a checkpoint of an earlier attempt, whose best weights become ours.
 
+        Later ones are forgotten: they could not be used.
+
         Raises:
             Unusable: it is broken, or of another training.
         """
         progress = _read(found, self._belongs)
-        here = self._folder / found.name
+        here = self._folder / _name(progress.step)
         if found.resolve() != here.resolve():
             shutil.rmtree(here, ignore_errors=True)
             shutil.copytree(found, here)
+        for folder in self._all():
+            if folder.name > here.name:
+                shutil.rmtree(folder)
         return progress
 
     def _file_of(self, step: int | None, target: Path) -> Path | None:
         """The file with the LoRA of `step`, unless that is the very checkpoint being written."""
-        if step is None or target.name == f"step-{step:08d}":
+        if step is None or target.name == _name(step):
             return None
-        own = self._folder / f"step-{step:08d}" / LORA
+        own = self._folder / _name(step) / LORA
         if own.is_file():
             return own
         # an earlier attempt's best, which each of its checkpoints carries
@@ -166,10 +173,11 @@ class Checkpoints:
         kept_loss = {
             step: seen.loss
             for step, seen in progress.validations.items()
-            if self._folder / f"step-{step:08d}" in folders
+            if self._folder / _name(step) in folders
         }
         best = sorted(kept_loss, key=lambda step: (kept_loss[step], step))[: self._keep]
-        keep = {f"step-{step:08d}" for step in [*best, progress.step]}
+        # of the last two, because the very last may turn out to be broken
+        keep = {*(_name(step) for step in best), *(folder.name for folder in folders[-2:])}
         for folder in folders:
             if folder.name not in keep:
                 shutil.rmtree(folder)
@@ -178,30 +186,80 @@ class Checkpoints:
         return sorted(self._folder.glob("step-" + "[0-9]" * 8))
 
 
+class Saver:
+    """Writes checkpoints beside the training, one after the other.
+
+    Args:
+        on_saved: called on the writing thread with each checkpoint and its folder.
+    """
+
+    def __init__(
+        self, checkpoints: Checkpoints, on_saved: Callable[[Progress, Path], None]
+    ) -> None:
+        self._checkpoints, self._on_saved = checkpoints, on_saved
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+
+    def save(self, progress: Progress) -> None:
+        """Begin to write; first waits for the one before. Raises what that one met."""
+        self.wait()
+        self._thread = threading.Thread(target=self._write, args=(progress,), name="saver")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until all is on the disk. Raises what writing met, a full disk for instance."""
+        if self._thread is not None:
+            self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def _write(self, progress: Progress) -> None:
+        try:
+            self._on_saved(progress, self._checkpoints.save(progress))
+        except Exception as error:  # noqa: BLE001 -- raised again by whoever waits
+            self._error = error
+
+
 def candidates(folder: Path) -> list[Path]:
     """The checkpoints at `folder`, which is one itself or holds several; the newest first."""
-    if (folder / _MANIFEST).is_file():
+    if (folder / _ABOUT).is_file():
         return [folder]
-    return sorted((file.parent for file in folder.glob(f"*/{_MANIFEST}")), reverse=True)
+    found = [file.parent for file in folder.glob(f"*/{_ABOUT}")]
+    return sorted(found, key=_step, reverse=True)
+
+
+def _step(folder: Path) -> int:
+    """The step of a checkpoint; one that does not even say that is older than all."""
+    try:
+        return int(json.loads((folder / _ABOUT).read_bytes())["step"])
+    except _BROKEN:
+        return -1
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
 
 
 def _read(folder: Path, belongs: Belongs) -> Progress:
     try:
-        manifest = json.loads((folder / _MANIFEST).read_bytes())
-        if manifest["format"] != _FORMAT:
-            raise Unusable(f"{folder.name} has format {manifest['format']}")
+        about = json.loads((folder / _ABOUT).read_bytes())
+        if about["format"] != _FORMAT:
+            raise Unusable(f"{folder.name} has format {about['format']}")
         for key, wanted in asdict(belongs).items():
-            if manifest[key] != wanted:
+            if about[key] != wanted:
                 raise Unusable(f"{folder.name} was made with another {key}")
-        for name, told in manifest["files"].items():
+        for name, told in about["files"].items():
             if _describe(folder / name) != told:
                 raise Unusable(f"{folder.name}/{name} is not what was written")
+        step, state = int(about["step"]), torch.load(folder / _STATE, weights_only=True)
+        if len(state["losses"]) != step:
+            raise Unusable(f"{folder.name} says step {step}, its state {len(state['losses'])}")
         return Progress(
-            step=int(manifest["step"]),
+            step=step,
             lora=load_file(folder / LORA),
-            state=torch.load(folder / _STATE, weights_only=True),
+            state=state,
             validations={
-                int(step): Validation(**seen) for step, seen in manifest["validations"].items()
+                int(step): Validation(**seen) for step, seen in about["validations"].items()
             },
         )
     except _BROKEN as error:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,11 +14,11 @@ import torch
 from gpu_agent.lora import draws
 from gpu_agent.lora.adapter import Adapter
 from gpu_agent.lora.cache import Sample, move
-from gpu_agent.lora.checkpoint import Checkpoints, Progress
+from gpu_agent.lora.checkpoint import Checkpoints, Progress, Saver, Unusable
 from gpu_agent.lora.errors import TrainingError
 from gpu_agent.lora.evaluate import Evaluator, Validation
 from gpu_agent.lora.families import Model
-from gpu_agent.lora.talk import Events, Orders
+from gpu_agent.lora.talk import Events, Orders, Pulse, Stopped
 from gpu_agent.wire import Recipe
 
 #: Seconds between two reports.
@@ -49,6 +51,7 @@ class Loop:
         checkpoints: Checkpoints,
         events: Events,
         orders: Orders,
+        pulse: Pulse,
         draw_samples: Callable[[int], None],
     ) -> None:
         self._model = model
@@ -58,9 +61,10 @@ class Loop:
         self._recipe = recipe
         self._accelerator = accelerator
         self._evaluator = evaluator
-        self._checkpoints = checkpoints
+        self._saver = Saver(checkpoints, self._saved)
         self._events = events
         self._orders = orders
+        self._pulse = pulse
         self._draw_samples = draw_samples
         self._device = accelerator.device
         self._optimizer = accelerator.prepare(_optimizer(adapter.parameters, recipe, self._device))
@@ -70,39 +74,53 @@ class Loop:
         self._losses = torch.zeros(recipe.steps, device=self._device)
         self._reported = 0
         self._report_due = 0.0
+        self._saved_step = 0
+        self._painted_step = 0
         self.step = 0
         self.validations: dict[int, Validation] = {}
 
     def resume(self, progress: Progress) -> None:
-        """Continue from a checkpoint; raises `KeyError` or `ValueError` where it does not fit."""
-        self._adapter.fill(progress.lora)
-        self._optimizer.load_state_dict(progress.state["optimizer"])
-        if self._accelerator.scaler is not None:
-            self._accelerator.scaler.load_state_dict(progress.state["scaler"])
-        self._losses[: progress.step] = progress.state["losses"].to(self._device)
+        """Continue from a checkpoint. Raises: Unusable, and nothing of it was taken."""
+        state, untouched = progress.state, self._adapter.tensors()
+        try:
+            losses, painted = state["losses"].to(self._device), int(state["painted"])
+            self._adapter.fill(progress.lora)
+            # empty where the other machine trained in bf16
+            if self._accelerator.scaler is not None and state["scaler"]:
+                self._accelerator.scaler.load_state_dict(state["scaler"])
+            self._optimizer.load_state_dict(state["optimizer"])
+        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+            self._adapter.fill(untouched)
+            raise Unusable(
+                f"the checkpoint of step {progress.step} does not fit: {error}"
+            ) from error
+        self._losses[: progress.step] = losses
+        self._painted_step = painted
         self.validations = dict(progress.validations)
-        self.step = self._reported = progress.step
+        self.step = self._reported = self._saved_step = progress.step
 
     def run(self) -> bool:
-        """Train; True when the last step is done, False when stopped (a checkpoint is written)."""
-        self._now = self._report_due = time.monotonic()
-        saved = self.step
+        """Train; True when all is done, False when stopped (a checkpoint is written)."""
+        self._now = self._report_due = self._saved_at = time.monotonic()
+        if self.step:
+            self._between_steps()  # what was due when it was stopped, and was left
         while self.step < self._recipe.steps and not self._orders.stop:
             self._one_step()
             self.step += 1
             self._report()
-            saved = self._between_steps(saved)
+            self._between_steps()
         self._report(at_once=True)
-        finished = self.step == self._recipe.steps
-        if saved != self.step:
+        if self._saved_step != self.step:
             self._save()
-        return finished
+        self._saver.wait()
+        return self.step == self._recipe.steps and self.step in self.validations
 
     def validate(self) -> Validation:
         """Measure the present weights and say so.
 
         Raises:
             TrainingError: `training.diverged`.
+            Stopped: a stop was ordered before it was done.
         """
         seen = self._evaluator.measure()
         if not math.isfinite(seen.loss):
@@ -112,14 +130,16 @@ class Loop:
         return seen
 
     def progress(self) -> Progress:
+        """A copy on the host, of which the training can go away."""
         scaler = self._accelerator.scaler
         return Progress(
             step=self.step,
             lora=self._adapter.tensors(),
             state={
-                "optimizer": self._optimizer.state_dict(),
+                "optimizer": _copied(self._optimizer.state_dict()),
                 "scaler": scaler.state_dict() if scaler is not None else {},
                 "losses": self._losses[: self.step].cpu().clone(),
+                "painted": self._painted_step,
             },
             validations=dict(self.validations),
         )
@@ -139,6 +159,8 @@ class Loop:
             group["lr"] = learning_rate(self._recipe, self.step)
         parts = self._recipe.gradient_accumulation
         for part in range(parts):
+            if part:
+                self._pulse.say("training", part, parts)
             loss = self._loss(self.step * parts + part) / parts
             self._accelerator.backward(loss)
             self._losses[self.step] += loss.detach()
@@ -174,40 +196,48 @@ class Loop:
 
     # --- between steps ------------------------------------------------------------------------
 
-    def _between_steps(self, saved: int) -> int:
-        """Validate, save and paint where that is due or ordered; returns the step last saved."""
-        validate = self._is_due(self._recipe.validation_every)
-        save = self._orders.take_checkpoint() or validate
+    def _between_steps(self) -> None:
+        """Validate, save and paint where that is due or ordered.
+
+        A stop leaves the validation and the painting to whoever goes on from the checkpoint.
+        """
+        validate = self._is_due(self._recipe.validation_every) and self.step not in self.validations
+        save = self._orders.take_checkpoint() or validate or self._is_unsaved_for_long()
         paint = self._wants_samples()
         if not (save or paint):
-            return saved
+            return
         self._report(at_once=True)
-        if validate:
-            self.validate()
-        if save:
-            saved = self._save()
-        if paint:
-            self._draw_samples(self.step)
+        with contextlib.suppress(Stopped):
+            if validate:
+                self.validate()
+            if save:
+                self._save()
+            if paint:
+                self._draw_samples(self.step)
+                self._painted_step = self.step
         # this pause is not the training's speed
         self._now = time.monotonic()
-        return saved
 
     def _is_due(self, every: int) -> bool:
         return every > 0 and (self.step % every == 0 or self.step == self._recipe.steps)
 
+    def _is_unsaved_for_long(self) -> bool:
+        return 0 < self._recipe.checkpoint_s <= time.monotonic() - self._saved_at
+
     def _wants_samples(self) -> bool:
         # the last step's samples are drawn from the best weights, by whoever called us
-        last = self.step == self._recipe.steps
-        due = self._is_due(self._recipe.sample_every) and not last
+        fresh = self._painted_step < self.step < self._recipe.steps
+        due = self._is_due(self._recipe.sample_every) and fresh
         return self._orders.take_sample() or due
 
-    def _save(self) -> int:
-        progress = self.progress()
-        path = self._checkpoints.save(progress)
-        self._events.emit(
-            "checkpoint", step=self.step, path=str(path), best=progress.best_step == self.step
-        )
-        return self.step
+    def _save(self) -> None:
+        self._pulse.say("saving", self.step, self._recipe.steps)
+        self._saver.save(self.progress())
+        self._saved_step, self._saved_at = self.step, time.monotonic()
+
+    def _saved(self, progress: Progress, path: Path) -> None:
+        best = progress.best_step == progress.step
+        self._events.emit("checkpoint", step=progress.step, path=str(path), best=best)
 
     def _report(self, *, at_once: bool = False) -> None:
         now = time.monotonic()
@@ -264,6 +294,17 @@ def _optimizer(parameters: list[Any], recipe: Recipe, device: Any) -> Any:
         )
     fused = device.type in {"cuda", "cpu"}
     return torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=1e-2, fused=fused)
+
+
+def _copied(value: Any) -> Any:
+    """`value` with copies on the host in the place of its tensors."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_copied, value))
+    return value
 
 
 def _diverged(step: int) -> TrainingError:

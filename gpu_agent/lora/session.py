@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from gpu_agent.lora.evaluate import Evaluator
 from gpu_agent.lora.families import Model
 from gpu_agent.lora.loop import Loop
 from gpu_agent.lora.plan import Plan
-from gpu_agent.lora.talk import Events, Orders
+from gpu_agent.lora.talk import Events, Orders, Pulse, Stopped, mebibytes_touched
 from gpu_agent.wire import Recipe
 
 _log = logging.getLogger(__name__)
@@ -27,6 +28,8 @@ _log = logging.getLogger(__name__)
 #: Denoising steps of a sample image.
 _SAMPLE_STEPS = 20
 _SAMPLE_STEPS_CPU = 6
+#: Recipe keys that may change between two attempts: the weights do not depend on them.
+_BESIDE_THE_WEIGHTS = {"checkpoint_s", "keep_checkpoints", "sample_prompts", "sample_every"}
 _MODES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
 
 
@@ -36,26 +39,39 @@ def train(plan: Plan, events: Events, orders: Orders) -> bool:
     Raises:
         TrainerError: it cannot go on.
     """
+    try:
+        return _train(plan, events, orders)
+    except Stopped:
+        return False
+
+
+def _train(plan: Plan, events: Events, orders: Orders) -> bool:
+    """As `train`. Raises: Stopped, at a moment at which there was nothing to save."""
+    pulse = Pulse(events, orders)
     job = plan.job
     for folder in (job.work_dir, job.output_dir):
         folder.mkdir(parents=True, exist_ok=True)
     accelerator = _accelerator(job.recipe)
     dtype = _MODES[accelerator.mixed_precision]
-    model = plan.family.load(job.base_file, job.work_dir, accelerator.device, dtype)
+    with pulse.watched("loading", mebibytes_touched):
+        model = plan.family.load(job.base_file, job.work_dir, accelerator.device, dtype)
     texts = Cache(model)
-    samples = {
-        picture.digest: texts.sample(picture, flip=job.recipe.flip)
-        for picture in data.distinct(plan.split)
-        if not orders.stop
-    }
+    pictures = data.distinct(plan.split)
+    samples = {}
+    for number, picture in enumerate(pictures):
+        pulse.beat("caching", number, len(pictures))
+        samples[picture.digest] = texts.sample(picture, flip=job.recipe.flip)
     prompts = job.recipe.sample_prompts or (data.template_caption(job.recipe),)
-    prompt_texts = {prompt: texts.text(prompt) for prompt in prompts}
+    prompt_texts = {}
+    for number, prompt in enumerate(prompts):
+        pulse.beat("encoding", number, len(prompts))
+        prompt_texts[prompt] = texts.text(prompt)
     empty = texts.text("")
-    if orders.stop:
-        return False
     model.release_encoders()
     adapter = Adapter(model, job.recipe)
-    painter = _Painter(model, prompt_texts, empty, accelerator, job.output_dir, job.recipe, events)
+    painter = _Painter(
+        model, prompt_texts, empty, accelerator, job.output_dir, job.recipe, events, pulse
+    )
     checkpoints = checkpoint.Checkpoints(
         job.work_dir / "checkpoints", _belongs(plan), job.recipe.keep_checkpoints
     )
@@ -67,10 +83,18 @@ def train(plan: Plan, events: Events, orders: Orders) -> bool:
         empty_text=empty,
         recipe=job.recipe,
         accelerator=accelerator,
-        evaluator=Evaluator(model, held, job.recipe.seed, accelerator.device, accelerator.autocast),
+        evaluator=Evaluator(
+            model,
+            held,
+            job.recipe.seed,
+            accelerator.device,
+            accelerator.autocast,
+            partial(pulse.beat, "validating"),
+        ),
         checkpoints=checkpoints,
         events=events,
         orders=orders,
+        pulse=pulse,
         draw_samples=painter.paint,
     )
     refused = _resume(loop, checkpoints, job.resume_dir)
@@ -145,6 +169,7 @@ class _Painter:
         output: Path,
         recipe: Recipe,
         events: Events,
+        pulse: Pulse,
     ) -> None:
         self._model = model
         self._prompts = prompts
@@ -153,11 +178,14 @@ class _Painter:
         self._folder = output / "samples"
         self._recipe = recipe
         self._events = events
+        self._pulse = pulse
         self.files: list[Path] = []
 
     def paint(self, step: int) -> None:
+        """Raises: Stopped."""
         self._folder.mkdir(exist_ok=True)
         on_cpu = self._accelerator.device.type == "cpu"
+        steps = _SAMPLE_STEPS_CPU if on_cpu else _SAMPLE_STEPS
         for number, (prompt, text) in enumerate(self._prompts.items()):
             side = self._recipe.resolution // self._model.latent_factor
             noise = torch.randn(
@@ -166,13 +194,20 @@ class _Painter:
             )
             with self._accelerator.autocast():
                 image = self._model.render(
-                    text, self._empty, noise, _SAMPLE_STEPS_CPU if on_cpu else _SAMPLE_STEPS
+                    text,
+                    self._empty,
+                    noise,
+                    steps,
+                    partial(self._beat, number * steps, len(self._prompts) * steps),
                 )
             file = self._folder / f"step-{step:06d}-{number}.png"
             image.save(file)
             if file not in self.files:
                 self.files.append(file)
             self._events.emit("sample", step=step, path=str(file), prompt=prompt)
+
+    def _beat(self, before: int, total: int, done: int) -> None:
+        self._pulse.beat("sampling", before + done, total)
 
 
 def _accelerator(recipe: Recipe) -> Accelerator:
@@ -195,7 +230,7 @@ def _accelerator(recipe: Recipe) -> Accelerator:
 
 
 def _resume(loop: Loop, checkpoints: checkpoint.Checkpoints, folder: Path | None) -> str | None:
-    """Go on from the newest usable checkpoint; otherwise say why each one was not.
+    """Go on from the newest usable checkpoint; why each one before it was not, if any was.
 
     A checkpoint that cannot be used costs the steps that it held, not the training.
     """
@@ -209,7 +244,7 @@ def _resume(loop: Loop, checkpoints: checkpoint.Checkpoints, folder: Path | None
             _log.warning("not continued: %s", error)
             refused.append(str(error))
         else:
-            return None
+            return "; ".join(refused) or None
     return "; ".join(refused) or f"there is no checkpoint in {folder.name}"
 
 
@@ -219,8 +254,9 @@ def _belongs(plan: Plan) -> checkpoint.Belongs:
         for part in (plan.split.train, plan.split.validation)
         for picture in part
     ]
+    recipe = plan.job.recipe.to_dict()
     return checkpoint.Belongs(
-        recipe=_digest(plan.job.recipe.to_dict()),
+        recipe=_digest({key: recipe[key] for key in recipe.keys() - _BESIDE_THE_WEIGHTS}),
         dataset=_digest(pictures),
         base=plan.base_digest,
     )

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol, TextIO
 
 _log = logging.getLogger(__name__)
+
+#: Seconds between two signs of life in one phase.
+_BEAT_EVERY = 1.0
+#: Seconds between two looks at a phase that cannot count what it does.
+_LOOK_EVERY = 5.0
 
 
 class Events(Protocol):
@@ -33,6 +41,8 @@ class JsonLines:
         """`gone` is called when nobody reads the events any more."""
         self._stream = stream
         self._gone = gone
+        # checkpoints are announced by the thread that writes them
+        self._lock = threading.Lock()
 
     @classmethod
     def take_stdout(cls, gone: Callable[[], None]) -> JsonLines:
@@ -44,8 +54,9 @@ class JsonLines:
     def emit(self, event: str, **fields: Any) -> None:
         line = json.dumps({"event": event, **fields}, ensure_ascii=False, allow_nan=False)
         try:
-            self._stream.write(line + "\n")
-            self._stream.flush()
+            with self._lock:
+                self._stream.write(line + "\n")
+                self._stream.flush()
         except BrokenPipeError:
             _log.warning("nobody reads the events")
             self._gone()
@@ -101,6 +112,64 @@ class Orders:
                 _log.warning("not an order: %.80r", line)
                 continue
             self.note(order)
+
+
+class Stopped(Exception):
+    """A stop was ordered in the middle of something that can be done again elsewhere."""
+
+
+class Pulse:
+    """Signs of life where no steps are done, so that what is slow is not taken for frozen."""
+
+    def __init__(self, events: Events, orders: Orders) -> None:
+        self._events, self._orders = events, orders
+        self._phase = ""
+        self._at = 0.0
+
+    def say(self, phase: str, done: int, total: int) -> None:
+        """Tell how far a phase is; at most once a second, but always its beginning."""
+        now = time.monotonic()
+        if phase != self._phase or now - self._at >= _BEAT_EVERY:
+            self._phase, self._at = phase, now
+            self._events.emit("alive", phase=phase, done=done, total=total)
+
+    def beat(self, phase: str, done: int, total: int) -> None:
+        """As `say`, in a phase that may be left. Raises: Stopped."""
+        if self._orders.stop:
+            raise Stopped
+        self.say(phase, done, total)
+
+    @contextlib.contextmanager
+    def watched(
+        self, phase: str, measure: Callable[[], int], every: float = _LOOK_EVERY
+    ) -> Iterator[None]:
+        """For a phase that cannot count: a sign of life as long as `measure` changes."""
+        over = threading.Event()
+
+        def look() -> None:
+            seen = measure()
+            while not over.wait(every):
+                before, seen = seen, measure()
+                if seen != before:
+                    self._events.emit("alive", phase=phase, done=seen, total=0)
+
+        watcher = threading.Thread(target=look, name="watcher", daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            over.set()
+            watcher.join()
+
+
+def mebibytes_touched() -> int:
+    """What this process has read and holds in memory: it grows while a model loads. Else 0."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        read = int(Path("/proc/self/io").read_text().split()[1])
+    except (OSError, ValueError, IndexError):
+        return 0
+    return (pages * os.sysconf("SC_PAGE_SIZE") + read) >> 20
 
 
 def _take(flag: threading.Event) -> bool:

@@ -12,7 +12,7 @@ from gpu_agent.wire import JobSpec
 
 @dataclass(frozen=True, kw_only=True)
 class Paths:
-    """Where things lie on the machine. `resume` is a checkpoint's folder, where there is one."""
+    """Where things lie on the machine. `resume` is a folder of checkpoints, where there are any."""
 
     base: Path
     images: Path
@@ -33,8 +33,8 @@ class Method(Protocol):
     """A way to train.
 
     `read` turns one line of the trainer's output into an event: a mapping whose `event` is
-    `started`, `progress`, `validation`, `checkpoint`, `sample`, `completed` or `error`. None
-    means that the line is not one; it goes to the log.
+    `started`, `progress`, `alive`, `validation`, `checkpoint`, `sample`, `completed` or `error`.
+    None means that the line is not one; it goes to the log.
     """
 
     @property

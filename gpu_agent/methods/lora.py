@@ -14,7 +14,7 @@ from gpu_agent.methods import Launch, Paths
 from gpu_agent.wire import JobSpec
 
 EVENTS = frozenset(
-    {"started", "progress", "validation", "checkpoint", "sample", "completed", "error"}
+    {"started", "progress", "alive", "validation", "checkpoint", "sample", "completed", "error"}
 )
 
 

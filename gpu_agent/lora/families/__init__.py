@@ -47,8 +47,10 @@ class Model(Protocol):
     def weights(self, quantiles: Any, gamma: float) -> Any:
         """Min-SNR weights of the losses, (n,)."""
 
-    def render(self, text: Any, empty: Any, noise: Any, steps: int) -> Any:
-        """One text, one noise (c, h, w) → a `PIL.Image`."""
+    def render(
+        self, text: Any, empty: Any, noise: Any, steps: int, beat: Callable[[int], None]
+    ) -> Any:
+        """One text, one noise (c, h, w) → a `PIL.Image`. `beat` is told the steps done."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -90,12 +91,15 @@ class Sd1:
         return snr.clamp(max=gamma) / (snr + 1 if self._velocity else snr)
 
     @torch.no_grad()
-    def render(self, text: Any, empty: Any, noise: Any, steps: int) -> Any:
+    def render(
+        self, text: Any, empty: Any, noise: Any, steps: int, beat: Callable[[int], None]
+    ) -> Any:
         scheduler = DDIMScheduler.from_config(self._scheduler.config)
         scheduler.set_timesteps(steps, device=self._device)
         both = torch.stack([empty, text]).to(self._device)
         latents = noise[None].to(self._device)
-        for time in scheduler.timesteps:
+        for done, time in enumerate(scheduler.timesteps):
+            beat(done)
             got = self.denoiser(latents.repeat(2, 1, 1, 1), time, both).sample.float()
             guided = got[:1] + _GUIDANCE * (got[1:] - got[:1])
             latents = scheduler.step(guided, time, latents).prev_sample

@@ -1,5 +1,6 @@
 """Checkpoints on a disk, without a model."""
 
+import contextlib
 import json
 import shutil
 
@@ -57,13 +58,21 @@ def test_what_is_saved_comes_back(tmp_path, open_in, progress):
     assert back.validations == {0: Validation(2.0, 0.1), 3: Validation(1.0, 0.1)}
 
 
-def test_the_k_best_and_the_last_stay(tmp_path, open_in, progress):
+def test_the_k_best_and_the_last_two_stay(tmp_path, open_in, progress):
     store = open_in(tmp_path, keep=2)
     losses = {"s0": 9.0}
-    for step, loss in enumerate([5.0, 1.0, 4.0, 2.0, 6.0], start=1):
+    for step, loss in enumerate([5.0, 1.0, 2.0, 4.0, 6.0, 7.0], start=1):
         losses[f"s{step}"] = loss
         store.save(progress(step, **losses))
-    assert names(tmp_path) == ["step-00000002", "step-00000004", "step-00000005"]
+    kept = ["step-00000002", "step-00000003", "step-00000005", "step-00000006"]
+    assert names(tmp_path) == kept
+
+
+def test_checkpoints_between_validations_do_not_pile_up(tmp_path, open_in, progress):
+    store = open_in(tmp_path, keep=3)
+    for step in range(1, 8):
+        store.save(progress(step, s0=2.0, s1=1.0))
+    assert names(tmp_path) == ["step-00000001", "step-00000006", "step-00000007"]
 
 
 def test_the_untrained_model_is_never_the_best_and_equals_go_to_the_earlier(progress):
@@ -77,10 +86,11 @@ def test_the_best_weights_travel_with_each_checkpoint(tmp_path, open_in, progres
     last = first.save(progress(2, s1=1.0, s2=2.0))
     # two moves to other machines, of each of which only the newest checkpoint was kept
     for number in range(2):
+        # under whatever name it travels
         moved = tmp_path / f"moved-{number}"
-        shutil.copytree(last, moved / last.name)
+        shutil.copytree(last, moved)
         store = open_in(tmp_path / f"machine-{number}")
-        store.adopt(moved / last.name)
+        store.adopt(moved)
         now = progress(3 + number, s1=1.0, s2=2.0, s3=2.0)
         last = store.save(now)
         assert weight(store.best_lora(now)) == 1
@@ -129,20 +139,26 @@ def lose_a_file(folder):
 
 
 def garble(folder):
-    (folder / "manifest.json").write_bytes(b"\xff\x00")
+    (folder / "about.json").write_bytes(b"\xff\x00")
 
 
 def empty(folder):
-    (folder / "manifest.json").write_text("{}")
+    (folder / "about.json").write_text("{}")
+
+
+def another_step(folder):
+    about = json.loads((folder / "about.json").read_bytes())
+    (folder / "about.json").write_text(json.dumps({**about, "step": 2}))
 
 
 def format_of_the_future(folder):
-    manifest = json.loads((folder / "manifest.json").read_bytes())
-    (folder / "manifest.json").write_text(json.dumps({**manifest, "format": 99}))
+    about = json.loads((folder / "about.json").read_bytes())
+    (folder / "about.json").write_text(json.dumps({**about, "format": 99}))
 
 
 @pytest.mark.parametrize(
-    "spoil", [truncate, flip_a_bit, lose_a_file, garble, empty, format_of_the_future]
+    "spoil",
+    [truncate, flip_a_bit, lose_a_file, garble, empty, another_step, format_of_the_future],
 )
 def test_a_broken_checkpoint_is_not_continued(tmp_path, checkpoint, open_in, progress, spoil):
     saved = open_in(tmp_path / "a").save(progress(1))
@@ -150,6 +166,42 @@ def test_a_broken_checkpoint_is_not_continued(tmp_path, checkpoint, open_in, pro
     with pytest.raises(checkpoint.Unusable, match="step-00000001"):
         open_in(tmp_path / "b").adopt(saved)
     assert names(tmp_path / "b") == []
+
+
+@pytest.mark.parametrize("spoil", [truncate, flip_a_bit, lose_a_file, garble, empty])
+def test_a_broken_one_leaves_the_one_before_it(tmp_path, checkpoint, open_in, progress, spoil):
+    store = open_in(tmp_path)
+    store.save(progress(9))
+    spoil(store.save(progress(10)))
+    for found in checkpoint.candidates(tmp_path):
+        with contextlib.suppress(checkpoint.Unusable):
+            assert store.adopt(found).step == 9
+    assert names(tmp_path) == ["step-00000009"]
+
+
+def test_a_checkpoint_is_written_beside_the_training_and_announced_when_it_is_whole(
+    tmp_path, checkpoint, open_in, progress
+):
+    announced = []
+    saver = checkpoint.Saver(
+        open_in(tmp_path), lambda saved, path: announced.append((saved.step, names(path)))
+    )
+    saver.save(progress(1))
+    saver.save(progress(2))
+    saver.wait()
+    files = ["about.json", "lora.safetensors", "state.pt"]
+    assert announced == [(1, files), (2, files)]
+
+
+def test_a_checkpoint_that_could_not_be_written_is_told_at_the_next_one(
+    tmp_path, checkpoint, open_in, progress
+):
+    store = open_in(tmp_path / "store")
+    shutil.rmtree(tmp_path / "store")
+    saver = checkpoint.Saver(store, lambda saved, path: None)
+    saver.save(progress(1))
+    with pytest.raises(FileNotFoundError):
+        saver.save(progress(2))
 
 
 @pytest.mark.parametrize("key", BELONGS)
@@ -171,9 +223,9 @@ def test_a_checkpoint_with_code_in_it_is_not_executed(tmp_path, checkpoint, open
             return (open, (str(tmp_path / "sprung"), "w"))
 
     torch.save(Trap(), saved / "state.pt")
-    manifest = json.loads((saved / "manifest.json").read_bytes())
-    manifest["files"].pop("state.pt")
-    (saved / "manifest.json").write_text(json.dumps(manifest))
+    about = json.loads((saved / "about.json").read_bytes())
+    about["files"].pop("state.pt")
+    (saved / "about.json").write_text(json.dumps(about))
     with pytest.raises(checkpoint.Unusable):
         open_in(tmp_path / "b").adopt(saved)
     assert not (tmp_path / "sprung").exists()

@@ -1,9 +1,11 @@
 """The trainer as the agent meets it: a process, JSON lines, an exit status."""
 
 import json
+import random
 import shutil
 import signal
 import struct
+import time
 import zipfile
 from pathlib import Path
 
@@ -11,6 +13,9 @@ import pytest
 
 import gpu_agent
 
+#: Steps of the training that is killed; validations at 12 and 24 alone, so that what is gone on
+#: from was written by the clock.
+LONG = 24
 RECIPE = {
     "steps": 12,
     "batch_size": 2,
@@ -51,6 +56,39 @@ def test_a_training_killed_and_stopped_on_its_way_ends_like_an_undisturbed_one(
     assert third.end() == 0
     assert third.events[-1] == completed
     assert files_of(completed) == files_of(undisturbed.one("completed"))
+
+
+def test_a_training_killed_anywhere_goes_on_elsewhere_as_if_nothing_had_happened(
+    workshop, start, tmp_path
+):
+    """SIGKILL after a random checkpoint of the clock's: the same weights, the same curve."""
+    seed = time.time_ns() % 1_000_000
+    print(f"seed {seed}")  # noqa: T201 -- pytest shows it with a failure
+    recipe = {**RECIPE, "steps": LONG, "validation_every": 12, "checkpoint_s": 0.01}
+    undisturbed, _ = workshop.train(workshop.job("undisturbed", **recipe))
+
+    first = start(workshop.job("first", **recipe))
+    first.until("checkpoint", step=random.Random(seed).randrange(1, LONG))
+    first.process.kill()
+    assert first.end() == -signal.SIGKILL
+    moved = tmp_path / "moved"
+    # the last that was announced, to a folder in which nothing else of the first is
+    last = [event for event in first.events if event["event"] == "checkpoint"][-1]
+    shutil.move(last["path"], moved)
+    shutil.rmtree(workshop.folder / "first")
+
+    second = start(workshop.job("second", resume_dir=moved, **recipe))
+    assert second.until("started")["step"] == last["step"]
+    completed = second.until("completed")
+    assert second.end() == 0
+    assert files_of(completed) == files_of(undisturbed.one("completed"))
+    before = [point for point in points(first.events) if point[0] <= last["step"]]
+    assert before + points(second.events) == points(undisturbed.events)
+
+
+def points(events):
+    """Step, loss and rate of every step, as they were told while training."""
+    return [point for event in events if event["event"] == "progress" for point in event["points"]]
 
 
 def files_of(completed):

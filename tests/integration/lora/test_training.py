@@ -74,15 +74,24 @@ def test_sample_images_come_with_the_result(trained):
         assert image.size == (64, 64)
 
 
-def test_only_the_best_and_the_last_checkpoint_stay(trained):
+def test_only_the_best_and_the_last_two_checkpoints_stay(trained):
     heard, _ = trained
     written = [Path(event["path"]) for event in heard.all("checkpoint")]
     assert [path.name for path in written] == ["step-00000006", "step-00000012", "step-00000018"]
     best = heard.one("completed")["best_step"]
     assert {path.name for path in written if path.exists()} == {
         f"step-{best:08d}",
+        "step-00000012",
         "step-00000018",
     }
+
+
+def test_what_does_no_steps_says_that_it_goes_on(trained):
+    """So that a slow machine can be told from a frozen one."""
+    heard, _ = trained
+    told = {event["phase"] for event in heard.all("alive")}
+    assert {"caching", "encoding", "validating", "saving", "sampling"} <= told
+    assert all(0 <= event["done"] <= event["total"] for event in heard.all("alive"))
 
 
 def updates(path, naming):
@@ -218,6 +227,50 @@ def test_a_stopped_training_goes_on_bit_for_bit_on_another_machine(workshop):
     assert done
     assert resumed.one("started")["step"] == 2
     assert result(resumed) == result(whole)
+
+
+def test_checkpoints_at_any_step_change_nothing(workshop):
+    """Each takes a copy of everything; none draws a number or puts a step in another place."""
+    seldom, _ = workshop.train(workshop.job("seldom", checkpoint_s=0, **EVERYTHING))
+    often, _ = workshop.train(workshop.job("often", checkpoint_s=1e-6, **EVERYTHING))
+    assert [event["step"] for event in seldom.all("checkpoint")] == [2, 4]
+    assert [event["step"] for event in often.all("checkpoint")] == [1, 2, 3, 4]
+    assert result(often) == result(seldom)
+
+
+def test_a_stop_does_not_wait_for_a_validation_which_is_made_up_for(workshop):
+    whole, _ = workshop.train(workshop.job("whole", **EVERYTHING))
+    orders = Orders()
+
+    def stop(event):
+        if event["step"] == 2:
+            orders.note("stop")
+
+    # the report before the validation of step 2
+    first, done = workshop.train(workshop.job("first", **EVERYTHING), orders, progress=stop)
+    assert not done
+    assert [event["step"] for event in first.all("validation")] == [0]
+    moved = first.one("checkpoint")["path"]
+    second, _ = workshop.train(workshop.job("second", resume_dir=moved, **EVERYTHING))
+    assert second.one("started")["step"] == 2
+    assert [event["step"] for event in second.all("validation")] == [2, 4]
+    assert result(second) == result(whole)
+
+
+def test_the_checkpoint_before_a_broken_one_is_taken_and_that_is_told(workshop):
+    recipe = {"steps": 3, "checkpoint_s": 1e-6, "keep_checkpoints": 1}
+    whole, _ = workshop.train(workshop.job("whole", **recipe))
+    saved = Path(whole.all("checkpoint")[-1]["path"]).parent
+    moved = workshop.folder / "moved"
+    # by name alone the broken one would be the older
+    shutil.copytree(saved / "step-00000003", moved / "1-newest")
+    shutil.copytree(saved / "step-00000002", moved / "2-older")
+    (moved / "1-newest" / "state.pt").write_bytes(b"half of i")
+    again, done = workshop.train(workshop.job("again", resume_dir=moved, **recipe))
+    assert done
+    assert again.one("started")["step"] == 2
+    assert "1-newest/state.pt" in again.one("started")["resume_refused"]
+    assert result(again) == result(whole)
 
 
 def test_a_checkpoint_that_cannot_be_used_costs_its_steps_not_the_training(workshop):
