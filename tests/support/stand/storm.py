@@ -50,6 +50,7 @@ from state.job import Job
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
 HEALTHY_S = 120.0
+PROCESSES = ("postgresql", "redis", "s3", "web", "worker", "beat")
 #: What is killed, and how often beside the others.
 VICTIMS: Mapping[str, int] = {
     "worker": 18, "web": 10, "web worker": 8, "postgresql": 10, "postgresql backend": 6,
@@ -347,10 +348,12 @@ class Storm:
             what = dice.choice(list(TROUBLES))
             whom = dice.choice(TROUBLES[what])
             lasts = dice.uniform(*TROUBLE_S)
+            self._say(f"round {number}: {what} {whom} for {lasts:.1f} s")
             heal = self._begin(what, whom)
         began = time.monotonic()
         time.sleep(dice.uniform(0.0, lasts))
         victim, gone = self._kill(short=short)
+        self._say(f"round {number}: {victim} ({gone}) is killed")
         self.killed[victim] += 1
         killed_at = time.monotonic()
         time.sleep(max(0.0, began + lasts - time.monotonic()))
@@ -360,7 +363,11 @@ class Storm:
             self._start_again()
         self.until_healthy(datetime.now(UTC), gone)
         took = time.monotonic() - killed_at
+        self._say(f"round {number}: all is well after {took:.1f} s")
         self.slowest[victim] = max(took, self.slowest.get(victim, 0.0))
+
+    def _say(self, words: str) -> None:
+        print(f"{datetime.now(UTC):%H:%M:%S.%f} {words}")  # noqa: T201 -- shown with a failure
 
     def _kill(self, *, short: bool) -> tuple[str, int]:
         """Who was killed, and its process id. Who is not there now is not drawn."""
@@ -426,19 +433,15 @@ class Storm:
 
     def until_healthy(self, since: datetime, gone: int = 0) -> None:
         """Until every part does its work again, shown by what it did after `since`."""
-        until(lambda: self._healthy(since, gone), f"all is well ({self._ailing})", HEALTHY_S)
-
-    _ailing = ""
+        until(lambda: self._healthy(since, gone), "all is well", HEALTHY_S)
 
     def _healthy(self, since: datetime, gone: int) -> bool:
-        names = ("postgresql", "redis", "s3", "web", "worker", "beat")
         pids = self._servers.pids
-        missing = [name for name in names if pids.get(name) in (None, gone)]
-        if missing:
+        if any(pids.get(name) in (None, gone) for name in PROCESSES):
             return False
         with self.services.store.transaction() as tx:
-            beats = tx.beats()
-        if "reconcile" not in beats or beats["reconcile"][0] < since:
+            heard, _ = tx.beats().get("reconcile", (since, {}))
+        if heard <= since:  # it takes beat, Redis, a worker and PostgreSQL to get there
             return False
         with contextlib.suppress(requests.RequestException):
             ready = requests.get(f"http://127.0.0.1:{self._port}/readyz", timeout=5)
