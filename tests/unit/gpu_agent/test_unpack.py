@@ -142,7 +142,7 @@ def test_too_many_entries_are_refused(open_zip):
 
 def test_an_endless_directory_is_not_even_read(open_zip):
     end = struct.pack("<4s4H2IH", b"PK\x05\x06", 0, 0, 5, 5, 1 << 31, 0, 0)
-    assert refused(open_zip, end) == "dataset.unsafe"
+    assert refused(open_zip, end) == "dataset.corrupt"
 
 
 @pytest.mark.parametrize("entries", [[], [("notes.txt", b"no image")], [("folder/", b"")]])
