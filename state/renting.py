@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 
@@ -12,33 +11,25 @@ from state.lease import Lease, LeaseStatus
 from state.policy import Policy, Step
 
 
-class Want(enum.Enum):
-    """Which machine a job needs now."""
-
-    FIRST = "first"
-    #: One beside another that is slow to boot.
-    HEDGE = "hedge"
-
-
 def wanted(
     job: Job, leases: Sequence[Lease], now: datetime, rules: Policy = policy.DEFAULT
-) -> Want | None:
-    """The machine that `job`, which has these leases, needs now; None when it needs none, or may
-    have one already."""
+) -> bool:
+    """Whether `job`, which has these leases, needs a machine now: its first, or one beside
+    another that is slow to boot."""
     if policy.decide(job, now, rules).step is not Step.ALLOCATE:
-        return None
+        return False
     held = [lease for lease in leases if lease.open]
     if not held:
-        return Want.FIRST
-    slow = len(held) == 1 and held[0].attempt == job.attempt and not held[0].hedge
-    hedge_at = hedged_from(job, held[0], rules) if slow else None
-    return Want.HEDGE if hedge_at is not None and now >= hedge_at else None
+        return True
+    hedge_at = hedged_from(job, held[0], rules)
+    return len(held) == 1 and hedge_at is not None and now >= hedge_at
 
 
 def hedged_from(job: Job, lease: Lease, rules: Policy = policy.DEFAULT) -> datetime | None:
     """When a second machine is rented beside `lease`, unless its agent is heard before; None
     for never."""
-    if not job.request.hedge or lease.status is not LeaseStatus.RENTED or lease.rented_at is None:
+    may = job.request.hedge and lease.attempt == job.attempt
+    if not may or lease.status is not LeaseStatus.RENTED or lease.rented_at is None:
         return None
     expected = timedelta(seconds=lease.boot_s * rules.hedge_factor)
     return lease.rented_at + max(rules.hedge_least, expected)

@@ -24,7 +24,6 @@ from state.lease import Lease, LeaseStatus
 from state.money import Budget
 from state.offer import Offer
 from state.policy import Policy
-from state.renting import Want
 from state.store import Store, Transaction
 
 #: How many offers one pass may try: each is one create call that was clearly refused.
@@ -74,7 +73,7 @@ class Renter:
             except NotFound:
                 return None
             leases = tx.leases_of(job.id)
-            if renting.wanted(job, leases, self.clock(), self.rules) is None:
+            if not renting.wanted(job, leases, self.clock(), self.rules):
                 return None
             hosts = {host.machine_id: host for host in tx.hosts()}
             work = ranking.workload(job.request, tx.dataset(job.request.dataset_id).zip_bytes)
@@ -139,8 +138,7 @@ class Renter:
         self._wait(job_id, f"all offers were refused ({'; '.join(refusals)})")
         return None
 
-    def _wanted(self, tx: Transaction, job: Job) -> Want | None:
-        """Which machine `job` needs now, if it needs one."""
+    def _wanted(self, tx: Transaction, job: Job) -> bool:
         return renting.wanted(job, tx.leases_of(job.id), self.clock(), self.rules)
 
     def _intend(
@@ -153,8 +151,7 @@ class Renter:
             # One at a time through here: budgets are sums over all leases.
             tx.lock("rent")
             job = tx.job(job_id, lock=True)
-            want = self._wanted(tx, job)
-            if want is None:
+            if not self._wanted(tx, job):
                 return None
             taken = tx.offers_taken([offer.id for offer in offers])
             offer = next((offer for offer in offers if offer.id not in taken), None)
@@ -177,10 +174,10 @@ class Renter:
             if reason is not None:
                 self._explain(tx, job, reason, now)
                 return None
-            token = secrets.token_urlsafe(32)
+            token, leases = secrets.token_urlsafe(32), tx.leases_of(job.id)
             lease = Lease(
                 # Counted under the job's lock, so that leases sort as they were made.
-                id=f"{job.id}.{len(tx.leases_of(job.id)) + 1:03d}",
+                id=f"{job.id}.{len(leases) + 1:03d}",
                 job=job.id,
                 attempt=job.attempt,
                 label=self.terms.label(job),
@@ -189,7 +186,7 @@ class Renter:
                 # The token is all that the machine will be given; its hash is all that we keep.
                 token_hash=hashlib.sha256(token.encode()).hexdigest(),
                 token_expires_at=now + self.rules.token,
-                hedge=want is Want.HEDGE,
+                hedge=any(item.open and not item.hedge for item in leases),
                 offer_id=offer.id,
                 machine_id=offer.machine_id,
                 gpu_name=offer.gpu_name,
