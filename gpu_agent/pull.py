@@ -452,13 +452,17 @@ def check_safetensors(path: Path) -> int:
             raise _no_model(head, "its header does not fit into it")
         text = stream.read(length)
     try:
-        header = json.loads(text)
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
         end = _contiguous(header)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise _no_model(head, "its header cannot be read") from None
     if end != size - 8 - length:
         raise _no_model(b"", f"its tensors end at byte {8 + length + end} of {size}")
     return len(header) - ("__metadata__" in header)
+
+
+def _is_size(number: object) -> bool:
+    return type(number) is int and 0 <= number < 2**63
 
 
 def _no_model(head: bytes, why: str) -> Fault:
@@ -469,18 +473,27 @@ def _no_model(head: bytes, why: str) -> Fault:
     )
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name twice")
+    return found
+
+
 def _contiguous(header: dict[str, Any]) -> int:
     """Where the last tensor ends. Raises ValueError (or a lookup's error) for any flaw."""
     spans = []
     for name, tensor in header.items():
         if name == "__metadata__":
             continue
-        begin, end = tensor["data_offsets"]
-        count = math.prod(tensor["shape"])
+        (begin, end), shape = tensor["data_offsets"], tensor["shape"]
         item = ITEM_BYTES.get(tensor["dtype"])
-        if not all(type(number) is int and number >= 0 for number in (begin, end, count)):
+        # Looked at before they are multiplied: of digits without end, that takes time without end.
+        if not isinstance(shape, list) or len(shape) > 16:
             raise ValueError(name)
-        if end < begin or (item is not None and end - begin != count * item):
+        if not all(_is_size(number) for number in (begin, end, *shape)):
+            raise ValueError(name)
+        if end < begin or (item is not None and end - begin != math.prod(shape) * item):
             raise ValueError(name)
         spans.append((begin, end))
     at = 0

@@ -14,8 +14,9 @@ from typing import Any, Protocol, TypeGuard
 
 from state.errors import StorageError
 
-#: bytes; the format allows 100 MB, which as JSON may take gigabytes of our memory
-LARGEST_HEADER = 32_000_000
+#: bytes, enough for some 60,000 tensors; the format allows 100 MB, but a header made for that takes
+#: 25 times its length of our memory
+LARGEST_HEADER = 8_000_000
 _PIECE = 1 << 20
 
 _SIZES = {
