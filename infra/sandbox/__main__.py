@@ -10,7 +10,7 @@ import sys
 import threading
 from pathlib import Path
 
-from infra.sandbox.faults import read_faults
+from infra.sandbox.faults import PROFILES, read_faults
 from infra.sandbox.server import running_sandbox
 
 
@@ -25,7 +25,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--credit", type=float, default=100.0, help="US dollars")
     parser.add_argument("--keep-logs", action="store_true")
-    parser.add_argument("--faults", type=Path, help="JSON file: what goes wrong, see faults.py")
+    parser.add_argument("--faults", type=Path, help="JSON file: what goes wrong")
+    parser.add_argument("--profile", choices=PROFILES, default="calm", help="rates of faults")
     parser.add_argument("--fault-rate", type=float, default=0.0, help="chance per call, by --seed")
     parser.add_argument("--rate-limits", action="store_true", help="refuse calls as Vast does")
     args = parser.parse_args()
@@ -48,6 +49,7 @@ def main() -> int:
         credit=args.credit,
         keep_logs=args.keep_logs,
         faults=read_faults(args.faults.read_text()) if args.faults else (),
+        market_profile=args.profile,
         fault_rate=args.fault_rate,
         rate_limits=args.rate_limits,
     ) as sandbox:

@@ -10,6 +10,37 @@ HOURS_PER_MONTH = 730
 DAY_S = 86_400.0
 
 
+#: What nvidia-smi calls the GPUs that the market names otherwise.
+DRIVER_NAMES = {
+    "RTX A5000": "NVIDIA RTX A5000",
+    "RTX A6000": "NVIDIA RTX A6000",
+    "A100 PCIE": "NVIDIA A100-PCIE-40GB",
+    "A100 SXM4": "NVIDIA A100-SXM4-80GB",
+    "H100 SXM": "NVIDIA H100 80GB HBM3",
+    "H100 PCIE": "NVIDIA H100 PCIe",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Truth:
+    """What a machine is, seen from within: memory in MiB of one GPU, disk in GB, Mbit/s, and
+    seconds that its clock is ahead."""
+
+    gpu_name: str
+    gpu_ram: int
+    num_gpus: int
+    driver_version: str
+    compute_cap: int
+    disk_gb: float
+    download_mbps: float
+    clock_skew_s: float = 0.0
+
+    @property
+    def driver_name(self) -> str:
+        """As nvidia-smi prints it."""
+        return DRIVER_NAMES.get(self.gpu_name, f"NVIDIA GeForce {self.gpu_name}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Host:
     """One machine that is for rent. Dollars; $/h, $/GB and month for storage, $/GB for bytes."""
@@ -42,6 +73,18 @@ class Host:
     hosting_type: int = 0
     duration_s: float = 30 * DAY_S
     boot_s: float = 45.0
+
+    def truth(self, disk: float) -> Truth:
+        """An honest host's, where a disk of so many GB was rented."""
+        return Truth(
+            gpu_name=self.gpu_name,
+            gpu_ram=self.gpu_ram,
+            num_gpus=self.num_gpus,
+            driver_version=self.driver_version,
+            compute_cap=self.compute_cap,
+            disk_gb=disk,
+            download_mbps=self.inet_down,
+        )
 
     def offer(self, ask: int, disk: float, *, bid: bool = False) -> dict[str, Any]:
         """The offer object of the REST, for a disk of so many GB."""

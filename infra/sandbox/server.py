@@ -15,11 +15,14 @@ from typing import TYPE_CHECKING, Any
 from flask import Flask
 from werkzeug.serving import WSGIRequestHandler, make_server
 
+from infra.sandbox.admin import create_admin_app
 from infra.sandbox.civitai import Shelf, civitai_blueprint
-from infra.sandbox.faults import Fault, FaultLayer, LimitLayer
+from infra.sandbox.faults import Fault, Faults, HostFault, any_trouble, profile
 from infra.sandbox.hosts import Host
-from infra.sandbox.machines import LocalMachines
+from infra.sandbox.machines import STOP_GRACE_S, LocalMachines
 from infra.sandbox.market import Market
+from infra.sandbox.notify import Notifier
+from infra.sandbox.spoil import FaultLayer, LimitLayer
 from infra.sandbox.vast import vast_blueprint
 
 if TYPE_CHECKING:
@@ -37,6 +40,9 @@ class Sandbox:
 
     url: str
     market: Market
+    faults: Faults
+    #: Of the admin page; empty without one.
+    admin_url: str = ""
 
 
 class _OneSlash:
@@ -65,21 +71,16 @@ def create_sandbox_app(
     account_key: str,
     base_model_dir: Path | None = None,
     civitai_key: str = "",
-    faults: Sequence[Fault] = (),
-    fault_rate: float = 0.0,
-    seed: int = 0,
     rate_limits: bool = False,
 ) -> Flask:
-    """Vast's REST over `market`; Civitai's too where there is a `base_model_dir`. For `faults`,
-    `fault_rate`, `seed` and `rate_limits` see `running_sandbox`."""
+    """Vast's REST over `market`, with the market's faults; Civitai's too where there is a
+    `base_model_dir`. With `rate_limits` calls are refused as Vast does."""
     app = Flask("stoker-sandbox", static_folder=None)
     app.url_map.strict_slashes = False
     app.register_blueprint(vast_blueprint(market, account_key))
     if base_model_dir is not None:
         app.register_blueprint(civitai_blueprint(Shelf(base_model_dir), civitai_key))
-    layered: WSGIApplication = app.wsgi_app
-    if faults or fault_rate:
-        layered = FaultLayer(layered, faults, rate=fault_rate, seed=seed)
+    layered: WSGIApplication = FaultLayer(app.wsgi_app, market, market.faults)
     if rate_limits:
         layered = LimitLayer(layered, market.now)
     app.wsgi_app = _OneSlash(layered)  # type: ignore[method-assign] # Flask's own way to wrap
@@ -101,9 +102,14 @@ def running_sandbox(
     boot_s: float | None = None,
     credit: float = 100.0,
     keep_logs: bool = False,
-    faults: Sequence[Fault] = (),
+    faults: Sequence[Fault | HostFault] = (),
     fault_rate: float = 0.0,
+    market_profile: str = "calm",
     rate_limits: bool = False,
+    charges_lag_s: float = 0.0,
+    notify: Sequence[str] = (),
+    notify_secret: str = "",
+    admin: tuple[str, int] | None = None,
     clock: Callable[[], float] = time.time,
 ) -> Iterator[Sandbox]:
     """A sandbox on a port of its own (0: any free one), until the block ends; its machines end
@@ -115,15 +121,25 @@ def running_sandbox(
         boot_s: market seconds from rented to running; None takes each host's own 20-90 s.
         credit: US dollars on the account.
         keep_logs: leave what machines printed below `data_dir/logs` after they are destroyed.
-        faults: what goes wrong with which calls.
-        fault_rate: chance per call of some other trouble, drawn by `seed`.
+        faults: what goes wrong with which calls and hosts.
+        fault_rate: chance per call and notification of some other trouble, drawn by `seed`.
+        market_profile: the rates of faults besides: `calm` (none), `market` or `hell`.
         rate_limits: refuse calls that come faster than Vast documents.
+        charges_lag_s: market seconds by which the list of charges is late.
+        notify: up to four addresses that hear of events, signed with `notify_secret`.
+        admin: host and port of the admin page.
         clock: real epoch seconds.
     """
     with contextlib.ExitStack() as stack:
         if data_dir is None:
             data_dir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sandbox-")))
-        machines = LocalMachines(data_dir, keep_logs=keep_logs)
+        plan = Faults([*faults, *profile(market_profile), *any_trouble(fault_rate)], seed=seed)
+        grace_s = STOP_GRACE_S / time_scale
+        machines = LocalMachines(data_dir, keep_logs=keep_logs, grace_s=grace_s)
+        notifier = Notifier(
+            notify, notify_secret, rate=fault_rate, seed=seed, time_scale=time_scale, clock=clock
+        )
+        stack.callback(notifier.close)
         market = Market(
             machines,
             hosts=hosts,
@@ -131,6 +147,9 @@ def running_sandbox(
             time_scale=time_scale,
             boot_s=boot_s,
             credit=credit,
+            charges_lag_s=charges_lag_s,
+            faults=plan,
+            tell=notifier,
             clock=clock,
         )
         stack.callback(market.close)
@@ -139,28 +158,33 @@ def running_sandbox(
             account_key=account_key,
             base_model_dir=base_model_dir,
             civitai_key=civitai_key,
-            faults=faults,
-            fault_rate=fault_rate,
-            seed=seed,
             rate_limits=rate_limits,
         )
-        server = make_server(host, port, app, threaded=True, request_handler=_Handler)
-        stack.callback(server.server_close)
-        market.url = f"http://{host}:{server.server_port}"
+        market.url = stack.enter_context(_serving(app, host, port))
+        admin_url = ""
+        if admin is not None:
+            page = create_admin_app(market, notifier)
+            admin_url = stack.enter_context(_serving(page, *admin))
         over = threading.Event()
         ticking = threading.Thread(target=_tick, args=(market, over), daemon=True)
-        serving = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
-        for thread in (ticking, serving):
-            thread.start()
-        stack.callback(_end, over, server.shutdown, ticking, serving)
-        yield Sandbox(url=market.url, market=market)
+        ticking.start()
+        stack.callback(ticking.join)
+        stack.callback(over.set)
+        yield Sandbox(url=market.url, market=market, faults=plan, admin_url=admin_url)
 
 
-def _end(over: threading.Event, shutdown: Any, *threads: threading.Thread) -> None:
-    over.set()
-    shutdown()
-    for thread in threads:
+@contextlib.contextmanager
+def _serving(app: Flask, host: str, port: int) -> Iterator[str]:
+    """Serve `app` while the block runs; its address."""
+    server = make_server(host, port, app, threaded=True, request_handler=_Handler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
+    thread.start()
+    try:
+        yield f"http://{host}:{server.server_port}"
+    finally:
+        server.shutdown()
         thread.join()
+        server.server_close()
 
 
 def _tick(market: Market, over: threading.Event) -> None:

@@ -1,12 +1,12 @@
 """Stands in for a container's first process. Standard library only, run as a script.
 
-    python supervise.py stay|leave DIRECTORY COMMAND...
+    python supervise.py stay|leave GRACE_SECONDS DIRECTORY COMMAND...
 
 Standard input is a pipe whose other end only the sandbox holds: when it ends, for whatever
 reason (destroyed, sandbox closed, sandbox killed), every process below this one is killed and
-DIRECTORY is removed. A byte `T` on it means stop: SIGTERM to all, SIGKILL after a grace, the
-directory stays. With `leave` the container ends with its command; with `stay` (Vast's ssh run
-types, whose first process is their own) it goes on without it.
+DIRECTORY is removed. A byte `T` on it means stop: SIGTERM to all, SIGKILL after the grace; `K`
+means SIGKILL at once; the directory stays. With `leave` the container ends with its command; with
+`stay` (Vast's ssh run types, whose first process is their own) it goes on without it.
 
 On Linux this process adopts orphans (a "subreaper"), so nothing below it can get away by leaving
 its session or process group.
@@ -24,7 +24,7 @@ import time
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
-STOP_GRACE_S = 10.0
+KILL_WITHIN_S = 10.0
 LINUX = sys.platform == "linux"
 
 
@@ -88,13 +88,13 @@ def reap() -> tuple[dict[int, int], bool]:
 
 def kill_all(main: int) -> None:
     """Kill until nothing is left below this process, however fast it forks."""
-    give_up_at = time.monotonic() + STOP_GRACE_S
+    give_up_at = time.monotonic() + KILL_WITHIN_S
     while not reap()[1] and time.monotonic() < give_up_at:
         signal_all(main, signal.SIGKILL)
         time.sleep(0.005)
 
 
-def run(stays: bool, directory: str, command: list[str]) -> int:
+def run(stays: bool, grace_s: float, directory: str, command: list[str]) -> int:
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     wake, waker = os.pipe()
     os.set_blocking(wake, False)
@@ -114,7 +114,10 @@ def run(stays: bool, directory: str, command: list[str]) -> int:
             return 137
         if order == b"T" and kill_at is None:
             signal_all(main, signal.SIGTERM)
-            kill_at = time.monotonic() + STOP_GRACE_S
+            kill_at = time.monotonic() + grace_s
+        if order == b"K":
+            kill_all(main)
+            return 137
         ended, childless = reap()
         code = ended.get(main, code)
         stopping = kill_at is not None and (childless or time.monotonic() >= kill_at)
@@ -130,4 +133,4 @@ def remove(directory: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run(sys.argv[1] == "stay", sys.argv[2], sys.argv[3:]))
+    sys.exit(run(sys.argv[1] == "stay", float(sys.argv[2]), sys.argv[3], sys.argv[4:]))

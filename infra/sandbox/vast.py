@@ -5,23 +5,31 @@ from __future__ import annotations
 import hmac
 import json
 import secrets
+import shlex
+import subprocess
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from flask import Blueprint, Response, jsonify, request
 
-from infra.sandbox.market import Contract, Market, MarketError
+from infra.sandbox.contracts import Contract, MarketError
+from infra.sandbox.market import Market
+from infra.sandbox.notify import USER_ID
 
 #: How often a log's address answers 404 before the upload is there.
 LOG_MISSES = 2
 #: Older ones can no longer be fetched.
 MAX_UPLOADS = 100
+#: What `execute` runs, and how long it may be.
+COMMANDS, MAX_COMMAND, COMMAND_S = ("ls", "rm", "du"), 512, 10.0
 
 
 def vast_blueprint(market: Market, account_key: str) -> Blueprint:
     """The routes below `/api`, and `/instance_logs` where logs are fetched from."""
     api = Blueprint("vast", __name__)
     uploads: dict[str, tuple[list[int], str]] = {}
+    keys: list[dict[str, Any]] = []
 
     def authorise(number: int | None = None) -> None:
         """The account's key may do all; an instance's key only what concerns itself.
@@ -45,10 +53,21 @@ def vast_blueprint(market: Market, account_key: str) -> Blueprint:
             raise MarketError(401, "auth_error", "Invalid user key")
         if owner != number:
             raise MarketError(403, "not_authorized", "This key is for its own instance only")
+        weak = "weak_key" in market.contracts[number].struck
+        if weak and request.method == "DELETE":
+            raise MarketError(403, "not_authorized", "This key may not destroy instances")
 
     @api.errorhandler(MarketError)
     def refused(error: MarketError) -> tuple[Response, int]:
         return jsonify(error.body), error.status
+
+    def upload(text: str) -> str:
+        """Where `text` can be fetched, after a while."""
+        name = secrets.token_hex(32)
+        for old in list(uploads)[:-MAX_UPLOADS]:
+            del uploads[old]
+        uploads[name] = ([LOG_MISSES], text)
+        return f"{request.host_url}instance_logs/{name}.log"
 
     def answer(**fields: Any) -> Response:
         return jsonify({"success": True, **fields})
@@ -131,11 +150,15 @@ def vast_blueprint(market: Market, account_key: str) -> Blueprint:
         return answer()
 
     @api.put("/api/v0/instances/reboot/<int:number>/")
-    @api.put("/api/v0/instances/recycle/<int:number>/")
     def reboot(number: int) -> Response:
         authorise(number)
-        market.stop(number)
-        market.start(number)
+        market.reboot(number)
+        return answer()
+
+    @api.put("/api/v0/instances/recycle/<int:number>/")
+    def recycle(number: int) -> Response:
+        authorise(number)
+        market.reboot(number, recycle=True)
         return answer()
 
     @api.put("/api/v0/instances/request_logs/<int:number>/")
@@ -144,11 +167,7 @@ def vast_blueprint(market: Market, account_key: str) -> Blueprint:
         contract = market.get(number)
         if contract is None:
             raise MarketError(404, "invalid_id", f"Instance {number} not found.")
-        name = secrets.token_hex(32)
-        for old in list(uploads)[:-MAX_UPLOADS]:
-            del uploads[old]
-        uploads[name] = ([LOG_MISSES], _log(market, contract, _body()))
-        url = f"{request.host_url}instance_logs/{name}.log"
+        url = upload(_log(market, contract, _body()))
         return answer(result_url=url, msg="Requested logs")
 
     @api.get("/instance_logs/<name>.log")
@@ -163,7 +182,15 @@ def vast_blueprint(market: Market, account_key: str) -> Blueprint:
     def execute(number: int) -> Response:
         authorise()
         market.need(number)
-        raise MarketError(400, "invalid_args", "Commands are not run in this sandbox")
+        home = market.machines.directory(str(number))
+        url = upload(_run(home, str(_body().get("command") or "")))
+        return answer(result_url=url, writeable_path=f"{home}/", msg="Command requested")
+
+    @api.post("/api/v0/instances/<int:number>/ssh/")
+    def attach_ssh(number: int) -> Response:
+        authorise()
+        market.need(number)
+        return answer(msg="SSH key added to instance.")
 
     # account
 
@@ -171,13 +198,42 @@ def vast_blueprint(market: Market, account_key: str) -> Blueprint:
     def user() -> Response:
         authorise()
         balance = {"credit": market.credit, "balance": 0.0, "ssh_key": None}
-        who = {"id": 4242, "username": "sandbox", "email": "sandbox@example.com"}
+        who = {"id": USER_ID, "username": "sandbox", "email": "sandbox@example.com"}
         return jsonify({**who, **balance})
 
     @api.get("/api/v0/charges/")
     def charges() -> Response:
         authorise()
-        return jsonify(market.bill())
+        args = request.args
+        filters = _query(args.get("select_filters"), {})
+        limit = args.get("limit", 25, type=int)
+        return jsonify(market.bill(filters, limit, args.get("after_token")))
+
+    @api.get("/api/v0/ssh/")
+    def ssh_keys() -> tuple[Response, int]:
+        authorise()
+        if not keys:
+            raise MarketError(404, "not_found", "No SSH keys found.")
+        return jsonify(keys), 200
+
+    @api.post("/api/v0/ssh/")
+    def add_ssh_key() -> Response:
+        authorise()
+        key = {"id": len(keys) + 1, "user_id": USER_ID, "public_key": _body().get("ssh_key")}
+        keys.append(key | {"created_at": market.date(market.now()), "deleted_at": None})
+        return answer(key=keys[-1])
+
+    @api.get("/api/v0/secrets/")
+    def account_secrets() -> Response:
+        authorise()
+        return answer(secrets=dict.fromkeys(market.secrets, "*****"))
+
+    @api.post("/api/v0/secrets/")
+    def add_secret() -> Response:
+        authorise()
+        body = _body()
+        market.secrets[str(body.get("key"))] = str(body.get("value"))
+        return answer(msg="Environment variable created")
 
     return api
 
@@ -207,6 +263,30 @@ def _log(market: Market, contract: Contract, body: Mapping[str, Any]) -> str:
     lines = [line for line in text.splitlines() if str(body.get("filter") or "") in line]
     tail = str(body.get("tail") or "1000")
     return "\n".join(lines[-int(tail) :] if tail.isdigit() and int(tail) else lines) + "\n"
+
+
+def _run(home: Path, command: str) -> str:
+    """What one of the few commands that Vast runs prints, in a machine's own directory.
+
+    Raises: MarketError (400).
+    """
+    try:
+        program, *words = shlex.split(command)
+    except ValueError:
+        program, words = "", []
+    if program not in COMMANDS or len(command) > MAX_COMMAND:
+        raise MarketError(400, "invalid_args", f"only {', '.join(COMMANDS)} are allowed")
+    argv = [program]
+    for word in words:
+        path = (home / word.lstrip("/")).resolve()
+        if not word.startswith("-") and not path.is_relative_to(home.resolve()):
+            raise MarketError(400, "invalid_args", f"{word} is outside")
+        argv.append(word if word.startswith("-") else str(path))
+    try:
+        done = subprocess.run(argv, cwd=home, capture_output=True, text=True, timeout=COMMAND_S)
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"{type(error).__name__}\n"
+    return done.stdout + done.stderr
 
 
 def _body() -> dict[str, Any]:

@@ -34,8 +34,8 @@ from PIL import Image
 
 from gpu_agent import wire
 from infra import embedded
+from infra.sandbox.contracts import Contract
 from infra.sandbox.hosts import Host, seeded
-from infra.sandbox.market import Contract
 from infra.sandbox.server import Sandbox, running_sandbox
 from infra.settings import Settings
 from infra.wiring import Services

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from infra.provider import LaunchSpec
+from infra.sandbox.hosts import seeded
 from infra.sandbox.machines import LocalMachines
 from infra.vast import VastProvider
 from state.job import GpuNeeds
@@ -83,9 +84,10 @@ def test_a_machine_knows_what_vast_tells_it_and_nothing_of_the_host(
     assert env["STOKER_TOKEN"] == "one-use"
     assert env["HOME"] == env["PWD"] == home
     assert Path(env["TMPDIR"]).parent == Path(home)
-    assert env["PATH"].split(":")[0] == str(Path(sys.executable).parent)
+    assert env["PATH"].split(":")[:2] == [f"{home}/.sandbox/bin", str(Path(sys.executable).parent)]
     assert set(env) <= {
         *("CONTAINER_ID", "CONTAINER_API_KEY", "VAST_CONTAINERLABEL", "VAST_URL", "GPU_COUNT"),
+        *("STOKER_SANDBOX_DISK_GB", "STOKER_SANDBOX_DOWNLOAD_MBPS", "PUBLIC_IPADDR"),
         *("STOKER_SANDBOX", "OMP_NUM_THREADS", "STOKER_TOKEN", "HOME", "TMPDIR", "PATH"),
         *("PWD", "OLDPWD", "SHLVL", "LC_CTYPE", "_"),
     }
@@ -193,7 +195,8 @@ def test_the_sandbox_does_not_start_without_a_key() -> None:
 
 def test_a_command_that_is_not_there_ends_its_container(tmp_path: Path) -> None:
     machines = LocalMachines(tmp_path)
-    machines.start("1", env={}, onstart="", args=["/no/such/program"], stays=False)
+    truth = seeded(0)[0].truth(20)
+    machines.start("1", env={}, onstart="", args=["/no/such/program"], stays=False, truth=truth)
     assert eventually(lambda: machines.exit_code("1")) == 127
     assert "cannot start" in machines.log("1")
     machines.destroy("1")

@@ -2,69 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from infra.sandbox.contracts import MarketError
 from infra.sandbox.hosts import MARKET, seeded
-from infra.sandbox.market import IMAGE_GB, Contract, Market, MarketError
+from infra.sandbox.life import IMAGE_GB
+from infra.sandbox.market import Market
 
 
-class Paper:
-    """Machines that exist on paper only."""
-
-    def __init__(self) -> None:
-        self.running: dict[str, Mapping[str, str]] = {}
-        self.destroyed: list[str] = []
-
-    def start(
-        self, name: str, *, env: Mapping[str, str], onstart: str, args: Sequence[str], stays: bool
-    ) -> None:
-        self.running[name] = env
-
-    def exit_code(self, name: str) -> int | None:
-        return None if name in self.running else 0
-
-    def stop(self, name: str) -> None:
-        self.running.pop(name, None)
-
-    def destroy(self, name: str) -> None:
-        self.running.pop(name, None)
-        self.destroyed.append(name)
-
-    def log(self, name: str) -> str:
-        return ""
-
-    def directory(self, name: str) -> Path:
-        return Path(name)
-
-
-class Time:
-    def __init__(self) -> None:
-        self.now = 1_800_000_000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def time() -> Time:
-    return Time()
-
-
-@pytest.fixture
-def market(time: Time) -> Market:
-    return Market(Paper(), boot_s=100, clock=time)
-
-
-def rent(market: Market, **body: Any) -> Contract:
-    (ask, *_) = market.search({"order": [["dph_total", "asc"]]})
-    return market.create(ask["id"], {"image": "x", "disk": 73, "cancel_unavail": True, **body})
-
-
-def test_the_disk_bills_from_creation_and_the_gpu_while_running(market: Market, time: Time) -> None:
+def test_the_disk_bills_from_creation_and_the_gpu_while_running(
+    market: Market, time: Any, rent: Any
+) -> None:
     contract = rent(market)
     host = contract.host
     time.now += 100
@@ -89,7 +39,7 @@ def test_the_disk_bills_from_creation_and_the_gpu_while_running(market: Market, 
     assert market.credit == pytest.approx(100 - contract.cost)
 
 
-def test_a_boot_passes_every_state_in_order(market: Market, time: Time) -> None:
+def test_a_boot_passes_every_state_in_order(market: Market, time: Any, rent: Any) -> None:
     contract = rent(market)
     seen: list[Any] = [contract.actual]
     while contract.actual != "running":
@@ -100,15 +50,17 @@ def test_a_boot_passes_every_state_in_order(market: Market, time: Time) -> None:
     assert seen == [None, "created", "loading", "running"]
 
 
-def test_market_time_runs_as_fast_as_it_is_told(time: Time) -> None:
-    market = Market(Paper(), boot_s=100, time_scale=50, clock=time)
+def test_market_time_runs_as_fast_as_it_is_told(opened: Any, time: Any, rent: Any) -> None:
+    market = opened(time_scale=50)
     contract = rent(market)
     time.now += 2
     market.tick()
     assert contract.actual == "running"
 
 
-def test_without_credit_everything_stops_and_nothing_starts(market: Market, time: Time) -> None:
+def test_without_credit_everything_stops_and_nothing_starts(
+    market: Market, time: Any, rent: Any
+) -> None:
     contracts = [rent(market), rent(market)]
     time.now += 200
     market.tick()
@@ -122,7 +74,7 @@ def test_without_credit_everything_stops_and_nothing_starts(market: Market, time
     assert refusal.value.body["error"] == "insufficient_credit"
 
 
-def test_an_off_line_host_is_not_billed(market: Market, time: Time) -> None:
+def test_an_off_line_host_is_not_billed(market: Market, time: Any, rent: Any) -> None:
     contract = rent(market)
     time.now += 100
     market.tick()
@@ -133,7 +85,7 @@ def test_an_off_line_host_is_not_billed(market: Market, time: Time) -> None:
     assert contract.cost == before
 
 
-def test_one_ask_is_one_contract(market: Market) -> None:
+def test_one_ask_is_one_contract(market: Market, rent: Any) -> None:
     contract = rent(market)
     assert contract.host.machine_id not in {row["machine_id"] for row in market.search({})}
     market.destroy(contract.id)
