@@ -11,7 +11,7 @@ import typer
 
 from infra.embedded import EmbeddedError
 from infra.settings import SettingsError
-from orchestrator.cli import bench, demo, jobs, servers
+from orchestrator.cli import bench, demo, jobs, sandbox, servers
 from orchestrator.cli.console import CliError, Exit, report
 from state.errors import StokerError
 
@@ -33,6 +33,7 @@ def make_app(*, plain: bool = False) -> typer.Typer:
     demo.register(app)
     jobs.register(app)
     servers.register(app)
+    sandbox.register(app)
     bench.register(app)
     app.command()(test)
     return app

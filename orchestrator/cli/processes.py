@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import signal
 import socket
 import sys
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -33,6 +35,14 @@ def address(bind: str) -> tuple[str, int]:
             Exit.USAGE,
         )
     return host.strip("[]") or "127.0.0.1", int(port)
+
+
+def until_signal() -> threading.Event:
+    """Set once SIGINT or SIGTERM comes."""
+    over = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: over.set())
+    return over
 
 
 def check_free(host: str, port: int, then: str) -> None:

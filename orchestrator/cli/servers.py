@@ -1,4 +1,4 @@
-"""Commands for those who run Stoker: up, serve, worker, beat, sandbox, keys, db, doctor, sweep."""
+"""Commands for those who run Stoker: up, serve, worker, beat, keys, db, doctor, sweep."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ import ipaddress
 import json
 import os
 import secrets
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
@@ -38,6 +36,7 @@ from orchestrator.cli.processes import (
     last_line,
     metrics_env,
     programs,
+    until_signal,
     web_argv,
     worker_argv,
 )
@@ -63,7 +62,6 @@ def register(app: typer.Typer) -> None:
     for name, verbs, words in (
         ("keys", (create, ls, revoke, secret), "API keys, and the key for secrets at rest."),
         ("db", (db_upgrade, db_current), "The database's schema."),
-        ("sandbox", (sandbox_serve,), "A Vast.ai of local processes, to rehearse on."),
     ):
         group = typer.Typer(help=words, no_args_is_help=True)
         for verb in verbs:
@@ -96,7 +94,7 @@ def up(
     settings = _settings_of_up(bind)
     host, port = address(settings.bind)
     check_free(host, port, f"end it, or `stoker up --bind {host}:{port + 10}`")
-    over = _until_signal()
+    over = until_signal()
     with embedded.start(settings, progress=_say) as servers:
         settings = servers.settings
         prepare(settings)
@@ -175,13 +173,6 @@ def _say(name: str, state: str) -> None:
     err.print(f"  {name}: {state}", markup=False)
 
 
-def _until_signal() -> threading.Event:
-    over = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: over.set())
-    return over
-
-
 def prepare(settings: Settings) -> None:
     """Bring the database and the bucket into shape. Again is harmless."""
     upgrade(settings.database_url.reveal())
@@ -247,91 +238,6 @@ def _ready_to_run() -> Settings:
             raise SettingsError(f"{name} is not set; `stoker up` brings what is missing")
     os.environ.update(settings.to_env())
     return settings
-
-
-def sandbox_serve(
-    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8410,
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    base_models: Annotated[
-        Path | None,
-        typer.Option(help="Files for its Civitai, and an index.json: {version: file}."),
-    ] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="Machines' directories; else temporary.")
-    ] = None,
-    time_scale: Annotated[float, typer.Option(help="Market seconds per second.")] = 1.0,
-    boot: Annotated[float | None, typer.Option(help="Market seconds to boot a machine.")] = None,
-    credit: Annotated[float, typer.Option(help="Dollars on the account.")] = 100.0,
-    seed: Annotated[int, typer.Option(help="Of the market's offers and of its faults.")] = 0,
-    faults: Annotated[
-        Path | None, typer.Option(help="JSON file: what goes wrong with which calls.")
-    ] = None,
-    fault_rate: Annotated[
-        float, typer.Option(min=0, max=1, help="Chance per call of some trouble.")
-    ] = 0.0,
-    rate_limits: Annotated[
-        bool, typer.Option("--rate-limits", help="Refuse calls as Vast does.")
-    ] = False,
-    keep_logs: Annotated[
-        bool, typer.Option("--keep-logs", help="Keep what machines printed.")
-    ] = False,
-) -> None:
-    """Run a Vast.ai sandbox: its API for real, its machines local processes, nothing is spent.
-
-    It prints what to set for `stoker up`. SANDBOX_ACCOUNT_KEY and SANDBOX_CIVITAI_KEY choose the
-    keys; else they are fresh.
-
-    Example: stoker sandbox serve --port 8410 --fault-rate 0.1
-    """
-    from infra.sandbox.faults import read_faults
-    from infra.sandbox.server import running_sandbox
-
-    if base_models and not (base_models / "index.json").is_file():
-        raise CliError(
-            f"{base_models} is no folder of base models",
-            "it has no index.json",
-            'write one, such as {"1": "base.safetensors"}',
-            Exit.USAGE,
-        )
-    try:
-        trouble = read_faults(faults.read_text()) if faults else []
-    except ValueError as error:
-        what = f"{faults} cannot be read as faults"
-        raise CliError(what, str(error), "docs/production.md has an example", Exit.USAGE) from None
-    if port:
-        check_free(host, port, "end it, or take a free one with --port 0")
-    keys = {
-        name: os.environ.get(name) or secrets.token_hex(16)
-        for name in ("SANDBOX_ACCOUNT_KEY", "SANDBOX_CIVITAI_KEY")
-    }
-    over = _until_signal()
-    with running_sandbox(
-        account_key=keys["SANDBOX_ACCOUNT_KEY"],
-        civitai_key=keys["SANDBOX_CIVITAI_KEY"],
-        base_model_dir=base_models,
-        data_dir=data,
-        host=host,
-        port=port,
-        time_scale=time_scale,
-        boot_s=boot,
-        credit=credit,
-        seed=seed,
-        faults=trouble,
-        fault_rate=fault_rate,
-        rate_limits=rate_limits,
-        keep_logs=keep_logs,
-    ) as sandbox:
-        said = {"VAST_URL": sandbox.url, "VAST_API_KEY": keys["SANDBOX_ACCOUNT_KEY"]}
-        if base_models:
-            said["CIVITAI_URL"] = sandbox.url
-            said["CIVITAI_API_KEY"] = keys["SANDBOX_CIVITAI_KEY"]
-            said["STOKER_PRIVATE_BASES"] = "1"
-        if not rate_limits:
-            said["STOKER_VAST_PACE"] = "0"
-        for name, value in said.items():
-            print(f"{name}={value}", flush=True)
-        err.print("the sandbox runs; Ctrl-C ends it and its machines", markup=False)
-        over.wait()
 
 
 # --- keys and the database --------------------------------------------------------------------
