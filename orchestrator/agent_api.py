@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any
 
 from flask import Blueprint, Response, jsonify, request
@@ -28,9 +29,22 @@ from tasks.verify import attempt_key
 _log = logs.logger(__name__)
 URL_SPAN_S = 3600
 MAX_FILES = 100
+#: Checkpoints that a later attempt is offered: the newest, and one to fall back to.
+OFFERED = 2
+CHECKPOINTS = "checkpoints/"
 MAX_FILE_BYTES = 5 * 10**9
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Kept:
+    """A file of an uploaded checkpoint: its name for the agent, and where it lies."""
+
+    name: str
+    bytes: int
+    sha256: str
+    key: str
 
 
 # --- hello: a one-use token for a job spec ----------------------------------------------------
@@ -79,7 +93,7 @@ class Doorkeeper:
         token, nonce = hello.token_hash, hello.nonce
         with self._deps.store.transaction() as tx:
             seen = record.knock(tx, token, nonce, self._deps.clock())
-            kept = _checkpoint(tx, seen.job)
+            kept = _offered(tx, seen.job)
         with logs.bound(job=seen.job.id, attempt=seen.attempt.number):
             base = self.base(seen.job)
             dataset, resume = self._downloads(seen.job, kept)
@@ -128,20 +142,11 @@ class Doorkeeper:
         self._waker(job.id, record.wakes(stalled))
 
     def _downloads(
-        self, job: Job, kept: Sequence[tuple[str, int, str, str]]
+        self, job: Job, kept: Sequence[_Kept]
     ) -> tuple[wire.Download, tuple[wire.Download, ...]]:
         with self._deps.store.transaction() as tx:
             dataset = _dataset_download(self._deps, tx, job)
-        resume = tuple(
-            wire.Download(
-                url=self._deps.storage.presign_get(key, expires_s=URL_SPAN_S),
-                name=name,
-                bytes=size,
-                sha256=sha256,
-            )
-            for name, size, sha256, key in kept
-        )
-        return dataset, resume
+        return dataset, tuple(_kept_download(self._deps, item) for item in kept)
 
     def _spec(
         self,
@@ -179,24 +184,54 @@ def _dataset_download(deps: Deps, tx: Transaction, job: Job) -> wire.Download:
     )
 
 
-def _checkpoint(tx: Transaction, job: Job) -> tuple[tuple[str, int, str, str], ...]:
-    """Name, bytes, SHA-256 and key of the files of the newest uploaded checkpoint, if any."""
-    if job.attempt == 1:
-        return ()
+def _kept_download(deps: Deps, item: _Kept) -> wire.Download:
+    return wire.Download(
+        url=deps.storage.presign_get(item.key, expires_s=URL_SPAN_S),
+        name=item.name,
+        bytes=item.bytes,
+        sha256=item.sha256,
+    )
+
+
+def _checkpoints(tx: Transaction, job: Job) -> Iterator[tuple[_Kept, ...]]:
+    """The uploaded checkpoints of a job, the newest first.
+
+    Only whole ones, of which the manifest went last. Each was reported by an attempt that was the
+    current one then: what comes later is answered with 410 and leaves no event.
+    """
     reported = tx.events(job.id, type=wire.Fact.TRAINING_CHECKPOINT.value, limit=10_000)
     for event in reversed(reported):
-        files = event.data.get("files")
-        if not isinstance(files, list) or not files:
+        listed = event.data.get("files")
+        if not isinstance(listed, list) or len(listed) > MAX_FILES:
             continue
         try:
-            wanted = [_file(item) for item in files[:MAX_FILES]]
+            files = [_file(item) for item in listed]
         except Refusal:
             continue
-        return tuple(
-            (name, size, sha256, attempt_key(job.id, event.attempt, name))
-            for name, size, sha256 in wanted
+        folder, _, last = files[-1][0].rpartition("/") if files else ("", "", "")
+        if last != "manifest.json" or not re.fullmatch(CHECKPOINTS + "[^/]+", folder):
+            continue
+        if not all(name.startswith(f"{folder}/") for name, _, _ in files):
+            continue
+        yield tuple(
+            _Kept(
+                name=name, bytes=size, sha256=digest, key=attempt_key(job.id, event.attempt, name)
+            )
+            for name, size, digest in files
         )
-    return ()
+
+
+def _offered(tx: Transaction, job: Job) -> tuple[_Kept, ...]:
+    """The files of the checkpoints that an attempt may go on from."""
+    newest = islice(_checkpoints(tx, job), OFFERED)
+    return tuple(item for files in newest for item in files)
+
+
+def _named(tx: Transaction, job: Job, names: frozenset[str]) -> list[_Kept]:
+    """The files of checkpoints among `names`."""
+    if not any(name.startswith(CHECKPOINTS) for name in names):
+        return []
+    return [item for files in _checkpoints(tx, job) for item in files if item.name in names]
 
 
 # --- files: fresh URLs ------------------------------------------------------------------------
@@ -232,6 +267,12 @@ def _file(item: object) -> tuple[str, int, str]:
     return name, size, sha256
 
 
+def _is_gettable(what: object) -> bool:
+    return isinstance(what, str) and (
+        what in ("dataset", "base") or (what.startswith(CHECKPOINTS) and len(what) <= 200)
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class FilesWanted:
     """Which URLs an agent asks for."""
@@ -246,7 +287,7 @@ class FilesWanted:
         put, get = value.get("put", []), value.get("get", [])
         if not isinstance(put, list) or len(put) > MAX_FILES:
             raise _unclear("put")
-        if not isinstance(get, list) or not all(item in ("dataset", "base") for item in get):
+        if not isinstance(get, list) or not all(map(_is_gettable, get)):
             raise _unclear("get")
         files = tuple(_file(item) for item in put)
         if len({name for name, _, _ in files}) != len(files):
@@ -270,11 +311,16 @@ class FileDesk:
             if job.attempt != number or not job.active:
                 raise stale()
             dataset = _dataset_download(self._deps, tx, job) if "dataset" in wanted.get else None
+            kept = _named(tx, job, wanted.get)
         got: dict[str, Any] = {}
         if dataset is not None:
             got["dataset"] = asdict(dataset)
         if "base" in wanted.get:
             got["base"] = asdict(self._doorkeeper.base(job))
+        for item in kept:
+            # without an address the agent knows that it need not try again
+            if self._deps.storage.head(item.key) == item.bytes:
+                got[item.name] = asdict(_kept_download(self._deps, item))
         return {"put": dict(self._puts(job_id, number, wanted.put)), "get": got}
 
     def _puts(

@@ -25,13 +25,16 @@ class Upload(Protocol):
 
 
 class Storage(Protocol):
-    """What the edge asks of the object store: URLs, never bytes."""
+    """What the edge asks of the object store: URLs and sizes, never bytes."""
 
     def presign_put(self, key: str, *, bytes: int, expires_s: int) -> Upload:
         """One PUT of exactly `bytes`."""
 
     def presign_get(self, key: str, *, expires_s: int) -> str:
         """A URL for GETs of `key`."""
+
+    def head(self, key: str) -> int | None:
+        """Its size in bytes; None when it is not there."""
 
 
 class Bundle(Protocol):

@@ -45,6 +45,7 @@ class ImaginedStorage:
 
     def __init__(self) -> None:
         self.down = False
+        self.sizes: dict[str, int] = {}
 
     def presign_put(self, key: str, *, bytes: int, expires_s: int) -> ImaginedUpload:
         self._check()
@@ -54,6 +55,10 @@ class ImaginedStorage:
     def presign_get(self, key: str, *, expires_s: int) -> str:
         self._check()
         return f"https://s3.test/{key}?X-Amz-Signature=get&X-Amz-Expires={expires_s}"
+
+    def head(self, key: str) -> int | None:
+        self._check()
+        return self.sizes.get(key)
 
     def _check(self) -> None:
         if self.down:

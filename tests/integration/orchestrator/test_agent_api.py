@@ -168,23 +168,103 @@ def test_a_base_model_that_does_not_exist_ends_the_job_with_the_reason(edge, pro
     soon(lambda: ("deallocate", job.id) in edge.woken)
 
 
-def test_a_later_attempt_resumes_from_the_last_uploaded_checkpoint(edge):
-    job = edge.job()
-    agent = edge.agent(job)
+def checkpoint(step, *names, size=9):
+    """What an agent says of an uploaded checkpoint."""
+    folder = f"checkpoints/{step}-a1b2c3"
+    files = [
+        {"name": f"{folder}/{name}", "bytes": size, "sha256": "ef" * 32}
+        for name in names or ("state.pt", "manifest.json")
+    ]
+    return {"step": step, "files": files}
+
+
+@pytest.fixture
+def trains(edge):
+    """An agent that trains."""
+    agent = edge.agent(edge.job())
     for fact in (Fact.GPU_READY, Fact.IMAGES_READY, Fact.MODEL_READY, Fact.FILES_POSITIONED):
         agent.report(fact)
-    file = {"name": "checkpoints/100.safetensors", "bytes": 9, "sha256": "ef" * 32}
-    agent.report(Fact.TRAINING_CHECKPOINT, step=100, files=[file])
-    agent.report(Fact.TRAINING_CHECKPOINT, step=200, files=[{**file, "name": "../../x"}])
-    with edge.store.transaction() as tx:
-        record.stall(tx, job.id, Reason(code="gpu.lost", message="gone"), edge.clock())
-        again = record.retry(tx, job.id, edge.clock())
-        for lease in tx.leases_of(job.id):
-            tx.save_lease(lease.to(LeaseStatus.RELEASED, released_at=edge.clock()))
-    edge.rent(again, token="second")
-    spec = wire.JobSpec.from_bytes(edge.hello("second").data)
-    assert [item.name for item in spec.resume] == [file["name"]]
-    assert f"jobs/{job.id}/attempts/1/checkpoints/100.safetensors" in spec.resume[0].url
+    return agent
+
+
+@pytest.fixture
+def move(edge):
+    """Loses the machine of an agent; the agent of the next one."""
+
+    def do(agent, token="another"):  # noqa: S107 -- a test's
+        with edge.store.transaction() as tx:
+            reason = Reason(code="gpu.lost", message="gone")
+            record.stall(tx, agent.spec.job, reason, edge.clock())
+            again = record.retry(tx, agent.spec.job, edge.clock())
+            for lease in tx.leases_of(again.id):
+                if lease.open:
+                    tx.save_lease(lease.to(LeaseStatus.RELEASED, released_at=edge.clock()))
+        return edge.agent(again, token=token)
+
+    return do
+
+
+def test_a_first_attempt_has_nothing_to_resume_from(trains):
+    assert trains.spec.resume == ()
+
+
+def test_a_later_attempt_is_offered_the_newest_checkpoint_and_the_one_before_it(trains, move):
+    for step in (100, 200, 300):
+        trains.report(Fact.TRAINING_CHECKPOINT, **checkpoint(step))
+    offered = move(trains).spec.resume
+    assert [item.name for item in offered] == [
+        "checkpoints/300-a1b2c3/state.pt",
+        "checkpoints/300-a1b2c3/manifest.json",
+        "checkpoints/200-a1b2c3/state.pt",
+        "checkpoints/200-a1b2c3/manifest.json",
+    ]
+    prefix = f"jobs/{trains.spec.job}/attempts/1/checkpoints"
+    assert f"{prefix}/300-a1b2c3/state.pt" in offered[0].url
+    assert (offered[0].bytes, offered[0].sha256) == (9, "ef" * 32)
+
+
+def test_a_third_attempt_may_fall_back_to_what_the_first_left(trains, move):
+    trains.report(Fact.TRAINING_CHECKPOINT, **checkpoint(100))
+    second = move(trains)
+    for fact in (Fact.GPU_READY, Fact.IMAGES_READY, Fact.MODEL_READY, Fact.FILES_POSITIONED):
+        second.report(fact)
+    second.report(Fact.TRAINING_CHECKPOINT, **checkpoint(150))
+    offered = move(second, "third").spec.resume
+    assert [f"attempts/{n}/" in item.url for n, item in zip((2, 2, 1, 1), offered, strict=True)]
+    assert [item.name.split("/")[1] for item in offered[::2]] == ["150-a1b2c3", "100-a1b2c3"]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {},
+        {"files": []},
+        {"files": "all"},
+        {"files": [7]},
+        checkpoint(200, "state.pt"),
+        checkpoint(200, "manifest.json", "state.pt"),
+        checkpoint(200, "../../x", "manifest.json"),
+        checkpoint(200, "state.pt", "manifest.json", size=0),
+        {"files": checkpoint(200, "state.pt")["files"] + checkpoint(9, "manifest.json")["files"]},
+        checkpoint(200, *(f"f{number}" for number in range(100)), "manifest.json"),
+    ],
+)
+@without_database
+def test_what_is_no_whole_checkpoint_is_not_offered(trains, move, said):
+    """Its manifest, which goes last, says that all of it is in storage."""
+    trains.report(Fact.TRAINING_CHECKPOINT, **checkpoint(100))
+    assert trains.report(Fact.TRAINING_CHECKPOINT, **said).status_code == 200
+    assert {item.name.split("/")[1] for item in move(trains).spec.resume} == {"100-a1b2c3"}
+
+
+def test_a_checkpoint_of_a_machine_that_was_given_up_does_not_count(trains, move, problem):
+    trains.report(Fact.TRAINING_CHECKPOINT, **checkpoint(100))
+    second = move(trains)
+    problem(trains.report(Fact.TRAINING_CHECKPOINT, **checkpoint(900)), 410)
+    put = [{"name": "checkpoints/900-a1b2c3/state.pt", "bytes": 9, "sha256": "ef" * 32}]
+    problem(trains.files({"put": put}), 410)
+    offered = move(second, "third").spec.resume
+    assert {item.name.split("/")[1] for item in offered} == {"100-a1b2c3"}
 
 
 # --- fresh URLs ---
@@ -204,6 +284,20 @@ def test_fresh_urls_for_uploads_and_downloads(edge):
     }
     assert answer.json["get"]["dataset"]["bytes"] == 1234
     assert answer.json["get"]["base"]["name"] == "base.safetensors"
+
+
+def test_fresh_urls_for_a_checkpoint_as_long_as_it_is_in_storage(edge, trains, move):
+    """An hour after hello the first ones are no good any more."""
+    trains.report(Fact.TRAINING_CHECKPOINT, **checkpoint(100))
+    second = move(trains)
+    state, manifest = (item.name for item in second.spec.resume)
+    edge.storage.sizes[f"jobs/{trains.spec.job}/attempts/1/{state}"] = 9
+    unknown = "checkpoints/7-a1b2c3/state.pt"
+    answer = second.files({"get": [state, manifest, unknown]})
+    assert answer.status_code == 200
+    assert list(answer.json["get"]) == [state]
+    assert answer.json["get"][state]["sha256"] == "ef" * 32
+    assert f"attempts/1/{state}" in answer.json["get"][state]["url"]
 
 
 @without_database
@@ -242,6 +336,7 @@ def test_no_url_for_a_name_that_leads_elsewhere_or_a_size_out_of_bounds(edge, pr
         {"put": [{"name": "a", "bytes": 1, "sha256": "0" * 64}] * 2},
         {"get": ["secrets"]},
         {"get": [[]]},
+        {"get": ["checkpoints/" + "x" * 200]},
     ],
 )
 def test_a_garbled_request_for_urls_is_refused(edge, problem, wanted):
