@@ -294,7 +294,11 @@ def _redirect(answer: guard.Response, url: str) -> str | None:
     """Where it leads; None for any other answer."""
     if answer.status not in (301, 302, 303, 307, 308):
         return None
-    target = urljoin(url, answer.headers.get("Location", ""))
+    try:
+        target = urljoin(url, answer.headers.get("Location", ""))
+        urlsplit(target)
+    except ValueError:
+        raise _unreadable(_shown(url), "redirects to nowhere") from None
     if target == url or not target.startswith(("https://", "http://")):
         raise _unreadable(_shown(url), "redirects to nowhere")
     if url.startswith("https://") and not target.startswith("https://"):
