@@ -323,7 +323,7 @@ class Faults:
         #: The last ones, newest last.
         self.fired: collections.deque[dict[str, Any]] = collections.deque(maxlen=1000)
         self._seed = seed
-        self._counts: dict[int, int] = {}
+        self._counts: dict[tuple[int, str], int] = {}
         self._rentals: dict[int | None, int] = {}
         self._lock = threading.Lock()
 
@@ -339,7 +339,9 @@ class Faults:
             for index, fault in enumerate(self.plan):
                 if not isinstance(fault, Fault) or not _concerns(fault, op, machine):
                     continue
-                count = self._counts[index] = self._counts.get(index, 0) + 1
+                # A draw counts each operation by itself, else it hangs on how they interleave.
+                key = (index, op if fault.chance is not None else "")
+                count = self._counts[key] = self._counts.get(key, 0) + 1
                 if due is None and self._strikes(index, fault, op, count):
                     due = fault
             return due

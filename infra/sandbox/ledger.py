@@ -37,6 +37,17 @@ class Ledger:
             self.total += dollars
             self.credit -= dollars
 
+    def accrue(
+        self, contract: Contract, since: float, until: float, per_hour: Mapping[str, float]
+    ) -> None:
+        """Book what runs by the hour (kind → dollars) between two market times."""
+        while since < until:
+            end = min(until, (since // BUCKET_S + 1) * BUCKET_S)
+            hours = (end - since) / 3600
+            items = {kind: hours * dollars for kind, dollars in per_hour.items()}
+            self.charge(contract, since, items)
+            since = end
+
     def page(
         self,
         contracts: Sequence[Contract],

@@ -456,6 +456,7 @@ class Life:
                 self.stick(number, fault.message or PULL_DENIED.format(image=contract.image))
             case "lost_after_pull":
                 self.abandon(number, f"Successfully loaded {contract.image}")
+                contract.outbid = True
                 self.rivals[machine] = math.inf
                 self._rival_leaves_after(machine, RIVAL_STAYS_S)
             case "queued":
@@ -492,11 +493,10 @@ class Life:
         contract.billed_until = until
         if contract.unseen:
             return
-        hours = (until - since) / 3600
-        items = {"disk": hours * contract.storage_price}
+        per_hour = {"disk": contract.storage_price}
         if contract.runs:
-            items["gpu"] = hours * contract.gpu_price
-        self.ledger.charge(contract, since, items)
+            per_hour["gpu"] = contract.gpu_price
+        self.ledger.accrue(contract, since, until, per_hour)
 
     def _charge_bytes(self, contract: Contract, kind: str, gb: float) -> None:
         host = contract.host
