@@ -59,7 +59,13 @@ class Lease:
         due_at: when somebody must look at this lease again.
         absent: how many readable lists in a row did not show it while it is released.
         note, noted_at: what the market last said of its boot, and since when it says so.
-        running_at: when it was first seen running; the GPU bills from then on.
+        seen_at: when a list first showed its instance.
+        booting_at: when it was last seen not running yet.
+        running_at: when it was first seen running, or its agent was first heard.
+        ended_at: when it was first seen ended, gone, or its destruction was confirmed; the GPU
+            bills no more.
+        received, sent: bytes over the line: what is expected of the job, and once it is released
+            what its agent said.
         why: for people: why it was kept, released or destroyed.
         cost: micro-USD by our own count; `billed` is what the market charged, once it said so.
     """
@@ -88,9 +94,14 @@ class Lease:
     download_mbps: float = 0.0
     boot_s: float = 0.0
     reserved: int = 0
+    received: int = 0
+    sent: int = 0
     instance_id: str | None = None
     rented_at: datetime | None = None
+    seen_at: datetime | None = None
+    booting_at: datetime | None = None
     running_at: datetime | None = None
+    ended_at: datetime | None = None
     ready_at: datetime | None = None
     releasing_at: datetime | None = None
     released_at: datetime | None = None
