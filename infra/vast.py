@@ -427,14 +427,18 @@ class VastProvider:
             "order_by": [{"col": "id", "dir": "asc"}],
             "limit": PAGE,
         }
-        seen, tokens = 0, set()
+        ids, odd, tokens = set(), 0, set()
         for _ in range(MAX_PAGES):
             answer = self._read("list", lambda: self._client.get("/api/v1/instances/", query))
             rows = answer.fields.get("instances")
             if not isinstance(rows, list):
                 raise Unreadable(f"Vast's list of instances: {self._said(answer)}")
             yield from rows
-            seen += len(rows)
+            # Counted once each: a row shown twice must not stand in for one that is missing.
+            known = [row["id"] for row in rows if isinstance(row, dict) and _text(row.get("id"))]
+            ids.update(known)
+            odd += len(rows) - len(known)
+            seen = len(ids) + odd
             token = answer.fields.get("next_token")
             if token in (None, "") and _ended(answer.fields, seen):
                 return

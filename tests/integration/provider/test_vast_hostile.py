@@ -435,6 +435,15 @@ def test_a_list_that_shows_fewer_than_it_found_is_unreadable(hostile: Any) -> No
         hostile.provider().instances()
 
 
+def test_a_row_shown_twice_does_not_stand_in_for_one_that_is_missing(hostile: Any) -> None:
+    hostile.answers(
+        hostile.http(200, {**page(ROW, token="t1"), "instances_found": 2}),
+        hostile.http(200, {**page(ROW), "instances_found": 2}),
+    )
+    with pytest.raises(Unreadable):
+        hostile.provider().instances()
+
+
 def test_an_empty_cursor_is_the_end(hostile: Any) -> None:
     hostile.answers(hostile.http(200, page(ROW, token="")))
     assert len(hostile.provider().instances()) == 1
