@@ -423,6 +423,7 @@ class JobSpec:
         lease_ends_at: seconds since the epoch; later than this the agent destroys its instance.
         silence_limit_s: so long without any answer from the server, and it does the same.
         resume: the newest checkpoint's files, empty on a first attempt.
+        min_download_mbps: a machine whose big downloads are slower gives up; 0 takes any.
     """
 
     job: str
@@ -440,10 +441,14 @@ class JobSpec:
     heartbeat_s: float = 10.0
     progress_s: float = 5.0
     resume: tuple[Download, ...] = ()
+    min_download_mbps: float = 0.0
     version: int = VERSION
 
     def to_bytes(self) -> bytes:
-        return json.dumps(dataclasses.asdict(self), separators=(",", ":")).encode()
+        value = dataclasses.asdict(self)
+        if not self.min_download_mbps:  # younger than the golden bytes: written where it matters
+            del value["min_download_mbps"]
+        return json.dumps(value, separators=(",", ":")).encode()
 
     @classmethod
     def from_bytes(cls, body: bytes) -> JobSpec:
@@ -458,8 +463,9 @@ class JobSpec:
         for key in ("job", "base_family", "method", "secret", "report_url", "files_url"):
             _text(value, key)
         _whole(value, "attempt", least=1)
-        for key in ("lease_ends_at", "silence_limit_s", "heartbeat_s", "progress_s"):
-            if key in value or key == "lease_ends_at":
+        _number(value, "lease_ends_at")
+        for key in ("silence_limit_s", "heartbeat_s", "progress_s", "min_download_mbps"):
+            if key in value:
                 _number(value, key)
         if not isinstance(value.get("recipe"), dict):
             raise WireError("'recipe' must be an object")

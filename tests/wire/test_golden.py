@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -90,6 +91,12 @@ def test_reports_of_old_agents_are_understood(name):
 
 def test_the_job_spec_is_written_as_ever():
     assert SPEC.to_bytes() == golden("job-spec")
+
+
+def test_a_job_that_wants_a_fast_machine_is_written_as_ever():
+    picky = dataclasses.replace(SPEC, min_download_mbps=25.0)
+    assert picky.to_bytes() == golden("job-spec-fast")
+    assert JobSpec.from_bytes(golden("job-spec-fast")) == picky
 
 
 def test_the_job_spec_of_an_old_server_is_understood():
