@@ -1,17 +1,21 @@
 """The dead man's switch: this machine gives itself back when nobody else may be left to do it.
 
 Two limits: the lease's end, absolute, and silence: so long without any answer from the server.
-The same hands also end the instance after a job that is over. A second line only: a hostile or
-dead host can defeat it, and then the server's sweep is the first.
+The same hands also end the instance after a job that is over. Beside this process stands the
+start script: it ends the instance when the agent is gone, or let its own time pass (`Promise`).
+A second line only: a hostile or dead host can defeat it, and then the server's sweep is the first.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import requests
 
@@ -24,6 +28,9 @@ TIMEOUT = (10.0, 30.0)
 DELAYS = (1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 #: Seconds between looks at the clock.
 TICK = 1.0
+#: Seconds between promises to the start script, and what it waits longer than we do.
+PROMISE_S = 10.0
+HEAD_START_S = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,11 +42,34 @@ class Instance:
     market_url: str
 
 
+class Promise:
+    """Tells the start script how many seconds this machine may still take.
+
+    It believes the last promise for so long; an agent that is frozen makes no more. The bytes are
+    written over the old ones: a full disk has room for them.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._count = path, 0
+
+    def renew(self, seconds: float) -> None:
+        self._count += 1
+        line = f"{self._count:<9} {max(0, round(seconds)):<9}\n".encode()
+        with contextlib.suppress(OSError):
+            descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT, 0o600)
+            try:
+                os.pwrite(descriptor, line, 0)
+            finally:
+                os.close(descriptor)
+
+
 class DeadMan:
     """Watches two limits on a thread of its own, and ends the instance.
 
     Args:
-        instance: None where there is no market (a trial by hand): then nothing is ended.
+        instance: None where there is no market (a trial by hand), or its key is missing: then
+            nothing is ended.
+        promise: None where no start script watches.
         on_end: called once when a limit was passed, with `lease` or `silence`, so that the
             trainer is stopped; the instance is ended whether or not that works.
     """
@@ -50,12 +80,13 @@ class DeadMan:
         *,
         clock: Clock,
         on_end: Callable[[str], object],
+        promise: Promise | None = None,
         silence_limit_s: float = 900.0,
         sleep: Callable[[float], None] = time.sleep,
         delays: Sequence[float] = DELAYS,
     ) -> None:
         self._instance, self._clock, self._on_end = instance, clock, on_end
-        self._sleep, self._delays = sleep, delays
+        self._promise, self._sleep, self._delays = promise, sleep, delays
         self._lease_ends_at = float("inf")
         self._silence_limit_s = silence_limit_s
         self._heard_at = clock.monotonic()
@@ -74,18 +105,23 @@ class DeadMan:
         """The server answered."""
         self._heard_at = self._clock.monotonic()
 
+    def left(self) -> dict[str, float]:
+        """Seconds to each limit, `lease` and `silence`."""
+        silent = self._clock.monotonic() - self._heard_at
+        return {
+            "lease": self._lease_ends_at - self._clock.now(),
+            "silence": self._silence_limit_s - silent,
+        }
+
     def due(self) -> str | None:
         """The limit that was passed: `lease`, `silence` or none."""
-        if self._clock.now() >= self._lease_ends_at:
-            return "lease"
-        if self._clock.monotonic() - self._heard_at >= self._silence_limit_s:
-            return "silence"
-        return None
+        return next((limit for limit, seconds in self.left().items() if seconds <= 0), None)
 
     def destroy(self) -> bool:
         """End this instance, trying until it works; False when there is none to end."""
         with self._ending:
             if self._instance is None:
+                log.warning("this machine cannot be given back: its number or key is not known")
                 return False
             tries = 0
             while not self._ended:
@@ -96,7 +132,12 @@ class DeadMan:
             return True
 
     def _run(self) -> None:
+        promised_at = float("-inf")
         while not self._ended:
+            now = self._clock.monotonic()
+            if self._promise is not None and now - promised_at >= PROMISE_S:
+                self._promise.renew(min(self.left().values()) + HEAD_START_S)
+                promised_at = now
             if reason := self.due():
                 log.error("this machine ends itself: %s", reason)
                 self._on_end(reason)

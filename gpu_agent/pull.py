@@ -16,6 +16,7 @@ import math
 import shutil
 import stat
 import struct
+import threading
 import time
 import unicodedata
 import zipfile
@@ -43,7 +44,93 @@ STALE_URL = frozenset({401, 403, 404, 410})
 #: Room that is left on the disk beside what we put there (bytes).
 MARGIN = 256 << 20
 
+#: How long the line is watched before it is judged, and what a wait for the next bytes counts at
+#: most: a source that says nothing says nothing about the line either (seconds).
+RATE_WINDOW_S = 20.0
+LONGEST_WAIT_S = 1.0
+
 Progress = Callable[[int, int], None]
+
+
+def _unwatched(amount: int) -> None:
+    """Nobody counts."""
+
+
+class Line:
+    """This machine's way to the world: how fast all downloads together are.
+
+    Rates are in Mbit/s. Safe to use from several threads.
+
+    Args:
+        least: the downloads' first `RATE_WINDOW_S` must be at least as fast; 0 asks nothing.
+        most: what is more is slowed down to this; 0 does not.
+        moved: called with the number of bytes that came.
+    """
+
+    def __init__(
+        self,
+        *,
+        least: float = 0.0,
+        most: float = 0.0,
+        moved: Callable[[int], None] = _unwatched,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._least, self._most, self._moved = least, most, moved
+        self._monotonic = monotonic
+        self._lock = threading.Lock()
+        self._open = 0
+        self._last = self._seconds = self._free_at = 0.0
+        self._bytes = 0
+        self._judged = False
+
+    @contextlib.contextmanager
+    def used(self) -> Iterator[None]:
+        """While a body is coming in."""
+        with self._lock:
+            if not self._open:
+                self._last = self._monotonic()
+            self._open += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._open -= 1
+
+    def took(self, count: int) -> float:
+        """So many bytes came; how long the caller is to wait for the next ones.
+
+        Raises:
+            Fault: `host.slow`.
+        """
+        self._moved(count)
+        with self._lock:
+            now = self._monotonic()
+            self._seconds += min(now - self._last, LONGEST_WAIT_S)
+            self._last = now
+            self._bytes += count
+            rate = self._rate()
+            if not self._judged and self._seconds >= RATE_WINDOW_S:
+                self._judged = True
+                if rate < self._least:
+                    raise Fault(
+                        "host.slow",
+                        f"downloads come with {rate:.1f} Mbit/s, at least {self._least:g} are"
+                        " wanted",
+                        retryable=True,
+                    )
+            if not self._most:
+                return 0.0
+            self._free_at = max(now, self._free_at) + count * 8e-6 / self._most
+            return self._free_at - now
+
+    @property
+    def mbps(self) -> float | None:
+        """How fast it was so far; None before anything came."""
+        with self._lock:
+            return round(self._rate(), 1) if self._seconds else None
+
+    def _rate(self) -> float:
+        return self._bytes * 8e-6 / self._seconds if self._seconds else 0.0
 
 
 class _Paced:
@@ -60,7 +147,7 @@ class _Paced:
 
 
 def check_space(folder: Path, needed: int) -> None:
-    """Raises: Fault `disk.full` when `needed` bytes (and a margin) do not fit.
+    """Raises: Fault `host.disk_full` when `needed` bytes (and a margin) do not fit.
 
     What an earlier run of the agent left in `folder` counts as room: it is taken up again.
     """
@@ -68,7 +155,7 @@ def check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free + here
     if free < needed + MARGIN:
         raise Fault(
-            "disk.full",
+            "host.disk_full",
             f"{needed / 1e9:.2f} GB are to be stored, {free / 1e9:.2f} GB are free",
             retryable=True,
         )
@@ -81,7 +168,7 @@ def disk_faults() -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise Fault("disk.full", "no space is left on the disk", retryable=True) from None
+            raise Fault("host.disk_full", "no space is left on the disk", retryable=True) from None
         raise
 
 
@@ -96,6 +183,8 @@ def pull(
     halt: Halt,
     progress: Progress,
     mismatch: str,
+    line: Line | None = None,
+    moved: Callable[[int], None] = _unwatched,
     delays: Sequence[float] = DELAYS,
 ) -> Path:
     """Fetch `download` to `path`, going on where an earlier try was cut off.
@@ -104,12 +193,23 @@ def pull(
         fresh: asks for a new address when the present one has expired.
         progress: is told bytes so far and in all.
         mismatch: the fault's code when length or SHA-256 stay wrong.
+        line: what all downloads share.
+        moved: called with the number of bytes that were here already and were read again.
 
     Raises:
-        Fault: `mismatch`, `download.failed` or `disk.full`.
+        Fault: `mismatch`, `download.failed`, `host.slow` or `host.disk_full`.
         Halted: the work was told to end.
     """
-    fetch = _Fetch(download, path, fresh=fresh, halt=halt, progress=progress, delays=delays)
+    fetch = _Fetch(
+        download,
+        path,
+        fresh=fresh,
+        halt=halt,
+        progress=progress,
+        line=line or Line(),
+        moved=moved,
+        delays=delays,
+    )
     with disk_faults():
         for _ in range(2):  # a file that is wrong once may have been garbled on the way
             if fetch.whole():
@@ -130,9 +230,12 @@ class _Fetch:
         fresh: Callable[[], Download],
         halt: Halt,
         progress: Progress,
+        line: Line,
+        moved: Callable[[int], None],
         delays: Sequence[float],
     ) -> None:
         self._wanted, self._path, self._halt = download, path, halt
+        self._line, self._moved = line, moved
         self._part = path.with_name(path.name + ".part")
         self._fresh, self._delays = fresh, delays
         self._tell = _Paced(progress, download.bytes)
@@ -168,6 +271,7 @@ class _Fetch:
             while chunk := stream.read(CHUNK):
                 self._halt.check()
                 self._grow(chunk)
+                self._moved(len(chunk))
 
     def _grow(self, chunk: bytes) -> None:
         self._hash.update(chunk)
@@ -211,7 +315,7 @@ class _Fetch:
             headers["range"] = f"bytes={self._size}-"
         with self._session.get(self._url, headers=headers, stream=True, timeout=TIMEOUT) as answer:
             self._aim(answer)
-            with self._part.open("ab") as part:
+            with self._part.open("ab") as part, self._line.used():
                 self._copy(answer, part)
         return self._complete() or not self._wanted.bytes
 
@@ -241,6 +345,8 @@ class _Fetch:
             part.write(chunk)
             self._grow(chunk)
             self._tell(self._size)
+            if (pause := self._line.took(len(chunk))) > 0:
+                self._halt.sleep(pause)
             if 0 < self._wanted.bytes < self._size:
                 return  # longer than promised: no need to see how much longer
 
@@ -308,15 +414,24 @@ _UNREADABLE = (
 
 
 def unpack(
-    path: Path, target: Path, *, halt: Halt, progress: Progress, max_total: int = MAX_TOTAL
+    path: Path,
+    target: Path,
+    *,
+    halt: Halt,
+    progress: Progress,
+    moved: Callable[[int], None] = _unwatched,
+    max_total: int = MAX_TOTAL,
 ) -> int:
     """Unpack the dataset to the new folder `target`; the number of its images.
 
     Names, kinds and number of entries are looked at before the first byte is written; sizes are
     counted on what really comes out. `target` appears only when all of it is there.
 
+    Args:
+        moved: called with the number of bytes that came out.
+
     Raises:
-        Fault: `dataset.corrupt`, `dataset.unsafe`, `dataset.empty` or `disk.full`.
+        Fault: `dataset.corrupt`, `dataset.unsafe`, `dataset.empty` or `host.disk_full`.
         Halted: the work was told to end.
     """
     growing = target.with_name(target.name + ".part")
@@ -325,7 +440,7 @@ def unpack(
     try:
         with disk_faults(), _Zip(io.FileIO(path)) as stream, zipfile.ZipFile(stream) as archive:
             entries = _checked(archive.infolist(), max_total)
-            _extract(archive, entries, growing, halt, progress, max_total)
+            _extract(archive, entries, growing, halt, progress, moved, max_total)
     except _UNREADABLE as error:
         raise _corrupt(f"the dataset's zip cannot be read: {error}") from None
     except OSError as error:
@@ -405,6 +520,7 @@ def _extract(
     folder: Path,
     halt: Halt,
     progress: Progress,
+    moved: Callable[[int], None],
     max_total: int,
 ) -> None:
     tell = _Paced(progress, len(entries))
@@ -424,6 +540,7 @@ def _extract(
                 if size > max(RATIO_FROM, MAX_RATIO * entry.compress_size):
                     raise _unsafe(f"{entry.filename!r} unpacks to over {MAX_RATIO} times its size")
                 sink.write(chunk)
+                moved(len(chunk))
     tell(len(entries), final=True)
 
 

@@ -39,6 +39,10 @@ MERGED = frozenset(
         Fact.HEARTBEAT,
     }
 )
+#: These say how far everything moved.
+COUNTED = frozenset(
+    {Fact.IMAGES_PROGRESS, Fact.MODEL_PROGRESS, Fact.TRAINING_PROGRESS, Fact.HEARTBEAT}
+)
 #: Lists of which a merge keeps both parts, and how many of the newest items.
 SERIES = {"points": 5_000, "lines": 200}
 #: A report that grew past this is left as it is and a new one begun (bytes).
@@ -90,18 +94,25 @@ class Spool:
         self._path = path
         self._lock = threading.Lock()
         self._closed = False
-        self._db = sqlite3.connect(path, check_same_thread=False)
+        try:
+            self._db = self._opened(str(path))
+        except sqlite3.OperationalError as error:
+            log.warning("the spool begins in memory: %s", error)
+            self._db = self._opened(":memory:")
+
+    def _opened(self, path: str) -> sqlite3.Connection:
+        """Raises: sqlite3.OperationalError."""
+        db = sqlite3.connect(path, check_same_thread=False)
         # one wait for the disk per commit instead of three, and as safe with synchronous=FULL
-        self._db.execute("PRAGMA journal_mode = WAL")
-        with self._db:
-            self._db.execute(
+        db.execute("PRAGMA journal_mode = WAL")
+        with db:
+            db.execute(
                 "CREATE TABLE IF NOT EXISTS outbox (id INTEGER PRIMARY KEY, seq INTEGER UNIQUE,"
                 " type TEXT NOT NULL, at REAL NOT NULL, data TEXT NOT NULL)"
             )
-            self._db.execute("CREATE TABLE IF NOT EXISTS counter (last INTEGER NOT NULL)")
-            self._db.execute(
-                "INSERT INTO counter SELECT 0 WHERE NOT EXISTS (SELECT 1 FROM counter)"
-            )
+            db.execute("CREATE TABLE IF NOT EXISTS counter (last INTEGER NOT NULL)")
+            db.execute("INSERT INTO counter SELECT 0 WHERE NOT EXISTS (SELECT 1 FROM counter)")
+        return db
 
     def put(self, fact: Fact, data: Mapping[str, Any], at: float) -> None:
         with self._lock:
@@ -199,12 +210,14 @@ class Spool:
 
 
 class Reporter:
-    """The thread that sends what is in the spool, and a heartbeat when there is nothing.
+    """The thread that sends what is in the spool, and a heartbeat when none of it says how far
+    the work moved.
 
     Args:
         on_order: called with every order that an answer brings, on the reporter's thread.
         on_heard: called whenever the server itself answered, so that silence can be measured.
         status: what a heartbeat says.
+        moved: how far the work moved, as `Moved` counts it.
         log_lines: takes the lines that were logged since it was last asked.
     """
 
@@ -218,12 +231,13 @@ class Reporter:
         on_order: Callable[[Order], None],
         on_heard: Callable[[], None],
         status: Callable[[], Mapping[str, Any]] = dict,
+        moved: Callable[[], int] = int,
         log_lines: Callable[[], list[str]] = list,
         delays: Sequence[float] = DELAYS,
     ) -> None:
         self._spec, self._spool, self._clock, self._halt = spec, spool, clock, halt
         self._on_order, self._on_heard, self._status = on_order, on_heard, status
-        self._log_lines, self._delays = log_lines, delays
+        self._moved, self._log_lines, self._delays = moved, log_lines, delays
         #: The facts that the server has taken.
         self.taken: set[Fact] = set()
         self._session = requests.Session()
@@ -232,7 +246,7 @@ class Reporter:
         self._closed = False
         self._flushing = False
         self._news = False
-        self._sent_at = clock.monotonic()
+        self._counted_at = clock.monotonic()
         self._sent: dict[Fact, float] = {}
         self._thread = threading.Thread(target=self._run, name="reporter", daemon=True)
 
@@ -241,10 +255,15 @@ class Reporter:
 
     def put(self, fact: Fact, data: Mapping[str, Any] | None = None) -> None:
         """Keep a report for sending; returns as soon as it is on disk."""
-        self._spool.put(fact, _fitting(cleaned(data or {})), self._clock.now())
+        self._keep(fact, data or {})
         with self._wake:
             self._news = True
             self._wake.notify_all()
+
+    def _keep(self, fact: Fact, data: Mapping[str, Any]) -> None:
+        if fact in COUNTED:
+            data = {**data, "moved": self._moved()}
+        self._spool.put(fact, _fitting(cleaned(data)), self._clock.now())
 
     def flush(self, seconds: float) -> bool:
         """Send all that waits without regard to pace; whether all was acknowledged in time.
@@ -291,7 +310,7 @@ class Reporter:
 
     def _collect_log(self) -> None:
         if not self._flushing and (lines := self._log_lines()):
-            self._spool.put(Fact.LOG_LINES, cleaned({"lines": lines}), self._clock.now())
+            self._keep(Fact.LOG_LINES, {"lines": lines})
 
     def _is_due(self, fact: Fact) -> bool:
         last = self._sent.get(fact)
@@ -303,9 +322,9 @@ class Reporter:
 
     def _idle(self) -> None:
         """Wait for a report, for progress to come due, or for the heartbeat."""
-        if self._clock.monotonic() - self._sent_at >= self._spec.heartbeat_s:
+        if self._clock.monotonic() - self._counted_at >= self._spec.heartbeat_s:
             self._sent.pop(Fact.HEARTBEAT, None)
-            self._spool.put(Fact.HEARTBEAT, cleaned(self._status()), self._clock.now())
+            self._keep(Fact.HEARTBEAT, self._status())
             return
         with self._wake:
             self._wake.wait_for(
@@ -316,7 +335,9 @@ class Reporter:
     def _deliver(self, report: Report) -> None:
         tries = 0
         while not self._closed:
-            self._sent_at = self._sent[report.type] = self._clock.monotonic()
+            self._sent[report.type] = self._clock.monotonic()
+            if report.type in COUNTED:
+                self._counted_at = self._sent[report.type]
             done, wait = self._send(report)
             if done:
                 self._spool.drop(report.seq)

@@ -163,10 +163,10 @@ def test_a_download_ends_when_the_work_does(fetch):
 def test_a_disk_too_small_is_told_before_anything_is_fetched(tmp_path):
     with pytest.raises(Fault) as caught:
         check_space(tmp_path, 10**18)
-    assert (caught.value.code, caught.value.retryable) == ("disk.full", True)
+    assert (caught.value.code, caught.value.retryable) == ("host.disk_full", True)
 
 
 def test_a_disk_that_fills_up_is_a_fault_of_the_host():
     with pytest.raises(Fault) as caught, disk_faults():
         raise OSError(errno.ENOSPC, "No space left on device")
-    assert (caught.value.code, caught.value.retryable) == ("disk.full", True)
+    assert (caught.value.code, caught.value.retryable) == ("host.disk_full", True)

@@ -154,7 +154,7 @@ def test_a_machine_with_a_wrong_clock_learns_the_time(stoker, reporter):
 def test_silence_is_broken_by_a_heartbeat(stoker, reporter, until):
     reporter(heartbeat_s=0.05)
     until(lambda: stoker.facts().count("heartbeat") >= 3)
-    assert stoker.reports[0].data == {"phase": "testing"}
+    assert stoker.reports[0].data == {"phase": "testing", "moved": 0}
     assert [item.seq for item in stoker.reports[:3]] == [1, 2, 3]
 
 
@@ -219,6 +219,7 @@ def test_numbers_that_json_lacks_and_texts_that_databases_lack_are_cleaned(stoke
         "lr": None,
         "note": "ab?",
         "deep": [{"x": None}],
+        "moved": 0,
     }
 
 
