@@ -95,6 +95,54 @@ def test_the_sdk_lives_a_whole_rental(sdk: VastAI, sandbox: Any) -> None:
     assert sdk.show_instances() == []
 
 
+def test_the_sdk_looks_into_a_machine_and_keeps_keys_and_secrets(sdk: VastAI, sandbox: Any) -> None:
+    post = sdk.client.post
+    assert post("/ssh/", json_data={"ssh_key": "ssh-ed25519 A"}).json()["key"]["id"] == 1
+    assert [key["public_key"] for key in sdk.show_ssh_keys()] == ["ssh-ed25519 A"]
+    assert post("/secrets/", json_data={"key": "HF", "value": "x"}).json()["success"]
+    (offer,) = sdk.search_offers(limit=1)
+    made = sdk.create_instance(
+        offer["id"], image="x", disk=16, onstart_cmd="touch seen; echo HF=$HF", ssh=True
+    )
+    number = made["new_contract"]
+    until_printed(sandbox, number, "HF=x")
+    assert sdk.attach_ssh(number, "ssh-ed25519 A")["success"]
+    assert "seen" in sdk.execute(number, "ls -l /")
+    sdk.execute(number, "rm /seen")
+    assert "seen" not in sdk.execute(number, "ls")
+    outside = ask(
+        sandbox, "PUT", f"/api/v0/instances/command/{number}/", body={"command": "ls ../.."}
+    )
+    refused = ask(sandbox, "PUT", f"/api/v0/instances/command/{number}/", body={"command": "id"})
+    assert (outside[0], refused[0]) == (400, 400)
+
+
+def test_a_reboot_keeps_the_disk_and_a_recycle_pulls_again(sdk: VastAI, sandbox: Any) -> None:
+    (offer,) = sdk.search_offers(query={"inet_down_cost": {"gt": 0}}, limit=1)
+    script = "date +%N >> starts; echo start $(wc -l < starts); sleep 600"
+    made = sdk.create_instance(offer["id"], image="x", disk=16, onstart_cmd=script, ssh=True)
+    number = made["new_contract"]
+    until_printed(sandbox, number, "start 1")
+    pulled = sandbox.market.need(number).charges["bwd"]
+    assert sdk.reboot_instance(number)["success"]
+    until_printed(sandbox, number, "start 2")
+    assert sandbox.market.need(number).charges["bwd"] == pulled > 0
+    assert sdk.recycle_instance(number)["success"]
+    until_printed(sandbox, number, "start 3")
+    assert sandbox.market.need(number).charges["bwd"] == pytest.approx(2 * pulled)
+
+
+def test_charges_come_with_their_label(sdk: VastAI, sandbox: Any) -> None:
+    (offer,) = sdk.search_offers(limit=1)
+    sdk.create_instance(offer["id"], image="x", disk=16, label="job-1")
+    sandbox.market.tick()
+    query = {"select_filters": {"type": {"in": ["instance"]}}, "limit": 5}
+    answer = sdk.client.get("/charges/", query).json()
+    (row,) = answer["results"]
+    assert (answer["total"], row["metadata"], row["type"]) == (1, {"label": "job-1"}, "instance")
+    assert sum(item["amount"] for item in row["items"]) == pytest.approx(row["amount"])
+
+
 def test_the_sdks_string_query_sends_numbers_as_text(sdk: VastAI) -> None:
     offers = sdk.search_offers(
         query="gpu_name=RTX_4090 num_gpus=1 reliability>0.98 gpu_ram>=24 inet_down>=500 "

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from infra.provider import LaunchSpec
+from infra.sandbox.faults import HostFault
 from infra.sandbox.hosts import seeded
 from infra.sandbox.machines import LocalMachines
 from infra.vast import VastProvider
@@ -91,6 +92,70 @@ def test_a_machine_knows_what_vast_tells_it_and_nothing_of_the_host(
         *("STOKER_SANDBOX", "OMP_NUM_THREADS", "STOKER_TOKEN", "HOME", "TMPDIR", "PATH"),
         *("PWD", "OLDPWD", "SHLVL", "LC_CTYPE", "_"),
     }
+
+
+QUERY = "nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader,nounits"
+
+
+def test_a_machine_sees_the_gpu_that_was_offered(sandbox: Any, vast: VastProvider) -> None:
+    number = rent(vast, f"{QUERY}; nvidia-smi -L; echo done")
+    host = sandbox.market.need(int(number)).host
+    query, listing, _ = printed(sandbox, number, "done").splitlines()
+    assert query == f"NVIDIA GeForce {host.gpu_name}, {host.gpu_ram}, {host.driver_version}"
+    assert listing.startswith(f"GPU 0: NVIDIA GeForce {host.gpu_name} (UUID: GPU-")
+
+
+def test_a_machine_sees_what_its_host_lied_about(sandbox: Any, vast: VastProvider) -> None:
+    lie = {"gpu_name": "GTX 1060", "vram_mib": 6144, "driver": "470.1", "disk_gb": 3.5}
+    sandbox.faults.add(HostFault(kind="lie", **lie))
+    sandbox.faults.add(HostFault(kind="lie", download_mbps=8))
+    words = "echo $STOKER_SANDBOX_DISK_GB $STOKER_SANDBOX_DOWNLOAD_MBPS done"
+    number = rent(vast, f"{QUERY}; {QUERY.replace(',noheader,nounits', '')}; {words}")
+    assert printed(sandbox, number, "done").splitlines() == [
+        "NVIDIA GeForce GTX 1060, 6144, 470.1",
+        "name, memory.total, driver_version",
+        "NVIDIA GeForce GTX 1060, 6144 MiB, 470.1",
+        "3.5 8 done",
+    ]
+
+
+def test_a_machines_clock_may_be_ahead(sandbox: Any, vast: VastProvider) -> None:
+    sandbox.faults.add(HostFault(kind="clock_skew", seconds=86400))
+    number = rent(vast, "python -c 'import time; print(time.time(), time.time_ns())'; echo done")
+    seconds, nanoseconds = map(float, printed(sandbox, number, "done").split()[:2])
+    for ahead in (seconds, nanoseconds / 1e9):
+        assert ahead - time.time() == pytest.approx(86400, abs=60)
+
+
+def test_a_machine_without_its_key_cannot_be_told_of_it(sandbox: Any, vast: VastProvider) -> None:
+    sandbox.faults.add(HostFault(kind="no_key"))
+    number = rent(vast, "env; echo done")
+    assert "CONTAINER_API_KEY" not in printed(sandbox, number, "done")
+
+
+def test_an_outbid_machine_hears_sigterm_and_runs_its_script_again_when_it_is_back(
+    sandbox: Any, vast: VastProvider
+) -> None:
+    script = "trap 'echo saved; exit' TERM; echo start; while :; do sleep 0.05; done"
+    number = rent(vast, script)
+    printed(sandbox, number, "start")
+    sandbox.market.outbid(int(number))
+    assert vast.instance(number).phase == "ended"
+    printed(sandbox, number, "saved")
+    eventually(lambda: sandbox.market.need(int(number)).actual == "exited")
+    assert sandbox.market.machines.directory(number).exists()
+    sandbox.market.rival_leaves(sandbox.market.need(int(number)).host.machine_id)
+    sandbox.market.start(int(number))  # the owner need not wait until the market resumes it
+    eventually(lambda: sandbox.market.machines.log(number).count("start") == 2)
+
+
+def test_a_container_that_crashes_leaves_its_files(sandbox: Any, vast: VastProvider) -> None:
+    number = rent(vast, "trap 'echo deaf' TERM; touch kept; echo up; while :; do sleep 0.05; done")
+    printed(sandbox, number, "up")
+    sandbox.market.crash(int(number))
+    eventually(lambda: vast.instance(number).phase == "ended")
+    assert "deaf" not in sandbox.market.machines.log(number)
+    assert (sandbox.market.machines.directory(number) / "kept").exists()
 
 
 def test_a_destroyed_machine_leaves_no_process_and_no_file(
