@@ -41,8 +41,14 @@ def release_pause(tries: int) -> timedelta:
 
 
 def settled(lease: Lease, now: datetime, rules: Policy = policy.DEFAULT) -> bool:
-    """Whether a lease is so old that lists without its instance prove that there is none."""
-    return now - lease.created_at >= rules.settle
+    """Whether a lease is so old that lists without its instance prove that there is none: a young
+    instance may be in no list yet."""
+    return now - (lease.rented_at or lease.created_at) >= rules.settle
+
+
+def was_shown(lease: Lease) -> bool:
+    """Whether the market has shown its instance, so that its absence from a list says something."""
+    return any(at is not None for at in (lease.seen_at, lease.running_at, lease.ready_at))
 
 
 def wants_release(lease: Lease, job: Job | None, now: datetime) -> str | None:

@@ -81,6 +81,16 @@ class Keeper:
             # The lease stays `releasing` and due: it is asked again until it is seen gone.
             _log.warning("destroy was not confirmed", instance=instance_id, error=str(error))
 
+    def is_gone(self, instance_id: str | None) -> bool:
+        """A second opinion, asked of the instance itself: lists have left out what was there."""
+        if instance_id is None:
+            return True
+        try:
+            return self.provider.instance(instance_id) is None
+        except ProviderError as error:
+            _log.warning("an instance could not be asked for", error=str(error))
+            return False
+
     def _again(self, lease_ids: Sequence[str]) -> None:
         now = self.clock()
         with self.store.transaction() as tx:
@@ -130,10 +140,12 @@ class Keeper:
             known = lease.instance_id or mine[0].id
             due = now + renting.release_pause(lease.tries)
             changes = {"instance_id": known, "absent": 0, "tries": lease.tries + 1, "due_at": due}
-            tx.save_lease(lease.evolve(**changes, rented_at=lease.rented_at or now))
+            seen = {"rented_at": lease.rented_at or now, "seen_at": lease.seen_at or now}
+            tx.save_lease(lease.evolve(**changes, **seen))
             return [item for item in mine if item.id != lease.instance_id]
         lease = lease.evolve(absent=lease.absent + 1)
-        proven = lease.instance_id is not None or renting.settled(lease, now, self.rules)
+        # What no list showed yet may still appear.
+        proven = renting.was_shown(lease) or renting.settled(lease, now, self.rules)
         if lease.absent >= ABSENT_LISTS and proven:
             self._close(tx, lease, now, lease.why)
         else:
@@ -227,9 +239,10 @@ def _lost(
             if row.status is not LeaseStatus.RENTED:
                 continue
             absent = 0 if mine else row.absent + 1
-            if absent != row.absent:
-                tx.save_lease(row.evolve(absent=absent))
-        if ended or absent >= ABSENT_LISTS:
+            seen_at = row.seen_at or (now if mine else None)
+            if (absent, seen_at) != (row.absent, row.seen_at):
+                tx.save_lease(row.evolve(absent=absent, seen_at=seen_at))
+        if ended or (absent >= ABSENT_LISTS and keeper.is_gone(row.instance_id)):
             what = ended[0].message or "the instance ended" if ended else "the instance vanished"
             if _failed(keeper, lease, what, ended[0].preempted if ended else False, now):
                 stalled.append(lease.id)

@@ -22,6 +22,9 @@ BATCH = 200
 #: Under this name the receivers of reports give their sign of life.
 RECEIVER = "receiver"
 
+#: Steps that a task does; the job stays claimed, and is due again if the message is lost.
+_WOKEN = {Step.ALLOCATE: ("allocate",), Step.VERIFY: ("verify",)}
+
 #: wake(task, subject ids): a message to a worker; losing it costs only latency.
 Wake = Callable[[str, Sequence[str]], None]
 
@@ -69,14 +72,14 @@ def reconcile(
 def _look(store: Store, job: Job, now: datetime, rules: Policy, since: datetime) -> tuple[str, ...]:
     """Do the one step that `job` needs; the tasks to wake for it."""
     step = policy.decide(job, now, rules, since=since).step
-    if step is Step.ALLOCATE:
-        return ("allocate",)
-    if step is Step.VERIFY:
-        return ("verify",)
+    if step in _WOKEN:
+        return _WOKEN[step]
     with store.transaction() as tx:
         # The claim showed the job as it was; under the lock it may have moved on.
         job = tx.job(job.id, lock=True)
         decision = policy.decide(job, now, rules, since=since)
+        if decision.step in _WOKEN:
+            return _WOKEN[decision.step]
         try:
             moved = _move(tx, job, decision, now, rules)
         except IllegalMove:

@@ -94,6 +94,7 @@ def test_a_job_may_say_that_it_wants_no_second_machine(slow: World) -> None:
 @pytest.mark.parametrize("winner", [0, 1])
 def test_the_first_to_say_hello_has_the_job_and_the_other_goes(slow: World, winner: int) -> None:
     pair = hedged(slow)
+    sweep(slow.keeper, "test")
     hello(slow, pair[winner], "winner")
     with pytest.raises(AttemptOver):
         hello(slow, pair[1 - winner], "loser")

@@ -1,0 +1,121 @@
+"""Races that the simulation found: a moment of bad luck, and what must not come of it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from gpu_agent.wire import Fact
+from infra.provider import Instance
+from infra.provider_memory import Fault, MemoryProvider
+from state import record
+from state.errors import Unknown
+from state.events import OutgoingStatus
+from state.job import Status
+from state.lease import LeaseStatus
+from state.memory import MemoryStore
+from tasks.deallocate import sweep
+from tasks.reconcile import reconcile
+from tasks.relay import Answer, NoAnswer, Relay
+from tests.unit.tasks.conftest import World, offer
+
+
+class Between(MemoryStore):
+    """A store in which somebody else acts just before the n-th transaction."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waiting: list[Callable[[], object]] = []
+
+    @contextmanager
+    def transaction(self) -> Iterator[Any]:
+        if self.waiting and (first := self.waiting.pop(0)) is not None:
+            first()
+        with super().transaction() as tx:
+            yield tx
+
+
+def test_an_upload_that_comes_while_the_job_is_looked_at_is_verified_without_a_message(
+    clock: Any,
+) -> None:
+    store = Between()
+    world = World(clock, MemoryProvider(clock, [offer(1)]), store=store)
+    world.add_job()
+    world.tick()
+    with store.transaction() as tx:
+        lease = tx.leases_of("job_1")[0]
+        tx.save_job(tx.job("job_1").evolve(lease=lease.id, last_heard_at=clock()))
+    for fact in (Fact.GPU_READY, Fact.IMAGES_READY, Fact.MODEL_READY, Fact.FILES_POSITIONED):
+        world.report(fact)
+    due = world.job().due_at
+    assert due is not None
+    clock.now = due
+
+    def upload() -> None:
+        world.report(Fact.WEIGHTS_UPLOADED, {"files": []})
+
+    store.waiting = [lambda: None, upload]
+    reconcile(store, lambda task, ids: None, clock())
+    assert world.job().due_at is not None
+
+
+def test_a_machine_too_young_for_any_list_is_not_taken_for_gone(clock: Any) -> None:
+    market = MemoryProvider(clock, [offer(1)], read_lag_s=20)
+    world = World(clock, market)
+    world.add_job()
+    world.renter.allocate("job_1")
+    with world.store.transaction() as tx:
+        record.cancel(tx, "job_1", clock())
+    failing = Fault(error=Unknown("timeout"))
+    market.faults = lambda verb: failing if verb == "destroy" else None
+    for _ in range(5):
+        world.keeper.release_job("job_1")
+    assert world.leases()[0].status is LeaseStatus.RELEASING
+    market.faults = lambda verb: None
+    world.settle()
+    assert market.running() == []
+
+
+class Forgetful(MemoryProvider):
+    """A market whose list is readable, and empty."""
+
+    def instances(self) -> list[Instance]:
+        return []
+
+
+def test_an_empty_list_gives_up_no_machine_that_can_be_asked_for(clock: Any) -> None:
+    world = World(clock, Forgetful(clock, [offer(1)]))
+    world.add_job()
+    world.tick()
+    for _ in range(5):
+        clock.advance(30)
+        sweep(world.keeper, "test")
+    assert world.job().status is Status.PENDING_GPU
+    assert world.leases()[0].status is LeaseStatus.RENTED
+    assert len(world.provider.running()) == 1
+
+
+@pytest.mark.parametrize("answer", [NoAnswer("timeout"), Answer(410, {})])
+def test_a_relay_that_took_too_long_does_not_undo_what_another_delivered(
+    world: World, answer: Answer | NoAnswer
+) -> None:
+    world.add_job()
+
+    def relay(post: Any) -> Relay:
+        return Relay(store=world.store, post=post, clock=world.clock, random=random.Random(1))
+
+    def slow(*args: Any, **named: Any) -> Answer:
+        world.clock.advance(61)
+        relay(lambda *args, **named: Answer(200, {})).relay("job_1")
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    relay(slow).relay("job_1")
+    with world.store.transaction() as tx:
+        row = tx.list_outgoing("job_1")[0]
+    assert (row.status, row.tries) == (OutgoingStatus.DELIVERED, 2)
