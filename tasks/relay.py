@@ -2,14 +2,19 @@
 
 A row is claimed (its due time moved ahead) before it is sent, so two relays do not send the same
 row at once; a relay that dies leaves the row due again when its claim runs out.
+
+A worker has few threads, and a host that does not answer holds each of them for 15 s. So no host
+gets them all (`Lanes`): what would be one send too many is put off, untried.
 """
 
 from __future__ import annotations
 
 import json
 import random
+import threading
+from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from typing import Protocol
@@ -26,6 +31,14 @@ SCHEDULE_S = (5, 300, 1800, 7200, 18_000, 36_000, 50_400, 72_000, 86_400)
 CLAIM = timedelta(seconds=60)
 SEND_TIMEOUT_S = 15.0
 MAX_RETRY_AFTER_S = 86_400.0
+#: Sends at once to one host: most of a worker's 16 threads.
+TO_ONE = 12
+#: The same to a host that is slow, and to all slow hosts together.
+TO_ONE_SLOW = 2
+TO_ALL_SLOW = 6
+#: A host is slow whose latest answer took so long, or that two sends have waited for so long.
+SLOW = timedelta(seconds=5)
+STUCK = timedelta(seconds=1)
 
 
 class EndpointRefused(Exception):
@@ -50,6 +63,39 @@ class Post(Protocol):
     ) -> Answer: ...
 
 
+class Lanes:
+    """Who is being sent to by this process now."""
+
+    def __init__(self) -> None:
+        self._under_way: dict[str, list[datetime]] = defaultdict(list)
+        self._slow: set[str] = set()
+        self._lock = threading.Lock()
+
+    def enter(self, host: str, now: datetime) -> float:
+        """0 when a send may begin, and then `leave` must follow; else seconds to put it off."""
+        with self._lock:
+            sends = self._under_way[host]
+            stuck = sum(now - began >= STUCK for began in sends)
+            if host in self._slow or stuck >= TO_ONE_SLOW:
+                others = sum(len(self._under_way[name]) for name in self._slow - {host})
+                if len(sends) >= TO_ONE_SLOW or len(sends) + others >= TO_ALL_SLOW:
+                    return SEND_TIMEOUT_S
+            elif len(sends) >= TO_ONE:
+                return 1.0
+            sends.append(now)
+            return 0.0
+
+    def leave(self, host: str, began: datetime, now: datetime) -> None:
+        with self._lock:
+            self._under_way[host].remove(began)
+            if now - began >= SLOW:
+                self._slow.add(host)
+            else:
+                self._slow.discard(host)
+            if not self._under_way[host] and host not in self._slow:
+                del self._under_way[host]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Relay:
     store: Store
@@ -57,6 +103,7 @@ class Relay:
     clock: Callable[[], datetime]
     #: For the jitter of the retry schedule.
     random: random.Random
+    lanes: Lanes = field(default_factory=Lanes)
 
     def relay(self, job_id: str) -> int:
         """Send what is due for a job, oldest first, until something is not; how many went out."""
@@ -88,6 +135,10 @@ class Relay:
     def _send(self, job: Job, row: Outgoing, secrets: list[str]) -> bool:
         """One try; whether the row is dealt with, so that the next may go."""
         began = self.clock()
+        url = job.request.webhook_url or ""
+        host = url.partition("://")[2].partition("/")[0]
+        if pause := self.lanes.enter(host, began):
+            return self._put_off(row, began, pause)
         body = json.dumps(row.payload, separators=(",", ":")).encode()
         signed = wire.sign(body, secrets=secrets, webhook_id=row.id, at=began.timestamp())
         headers = {"content-type": "application/json", "user-agent": "stoker-webhooks/1", **signed}
@@ -95,12 +146,13 @@ class Relay:
         error = ""
         refused = False
         try:
-            url = job.request.webhook_url or ""
             answer = self.post(url, headers=headers, body=body, timeout=SEND_TIMEOUT_S)
         except EndpointRefused as problem:
             error, refused = str(problem), True
         except NoAnswer as problem:
             error = str(problem)
+        finally:
+            self.lanes.leave(host, began, self.clock())
         now = self.clock()
         row = self._judge(row, answer, refused, now)
         took = round((now - began).total_seconds() * 1000)
@@ -122,6 +174,15 @@ class Relay:
             )
         return row.status is OutgoingStatus.DELIVERED
 
+    def _put_off(self, row: Outgoing, now: datetime, seconds: float) -> bool:
+        """Give the claim back: this was no try. Later, but not all at the same moment."""
+        later = now + timedelta(seconds=seconds * self.random.uniform(0.5, 1.5))
+        with self.store.transaction() as tx:
+            stored = tx.outgoing(row.id, lock=True)
+            if stored.status is OutgoingStatus.WAITING and stored.tries == row.tries:
+                tx.save_outgoing(row.evolve(due_at=later, tries=row.tries - 1))
+        return False
+
     def _judge(
         self, row: Outgoing, answer: Answer | None, refused: bool, now: datetime
     ) -> Outgoing:
@@ -141,7 +202,7 @@ def _retry_after(answer: Answer, now: datetime) -> float:
     if answer.status != 429 and answer.status < 500:
         return 0.0
     text = answer.headers.get("retry-after", "").strip()
-    if text.isdigit():
+    if text.isascii() and text.isdigit():
         return min(float(text), MAX_RETRY_AFTER_S)
     try:
         when = parsedate_to_datetime(text)
