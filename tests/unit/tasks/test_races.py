@@ -21,7 +21,8 @@ from state.memory import MemoryStore
 from tasks.deallocate import sweep
 from tasks.reconcile import reconcile
 from tasks.relay import Answer, NoAnswer, Relay
-from tests.unit.tasks.conftest import World, offer
+
+from .conftest import World, offer
 
 
 class Between(MemoryStore):
