@@ -10,7 +10,6 @@ from urllib.parse import unquote
 
 import pytest
 
-from infra.sandbox.faults import read_faults
 from infra.settings import Settings
 
 REPOSITORY = Path(__file__).parents[3]
@@ -116,9 +115,3 @@ def test_the_commands_of_the_pages_exist():
 
 def test_the_readme_is_short():
     assert len((REPOSITORY / "README.md").read_text().splitlines()) < 150
-
-
-def test_the_example_of_faults_is_one_that_the_sandbox_takes():
-    page = (REPOSITORY / "docs" / "production.md").read_text()
-    (example,) = re.findall(r"```json\n(.*?)```", page, re.DOTALL)
-    assert [fault.kind for fault in read_faults(example)] == ["drop", "status"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ from infra.sandbox.faults import (
     read_faults,
     told,
 )
+from infra.sandbox.notify import WORDS
 
 
 def test_faults_are_read_from_json() -> None:
@@ -130,3 +133,19 @@ def test_every_kind_can_be_made() -> None:
         assert Fault(op=min(ops - {"*"}), kind=kind)
     for kind in HOST_KINDS:
         assert HostFault(kind=kind, **needed.get(kind, {}))
+
+
+def test_the_docs_tell_of_every_kind_and_their_examples_can_be_read() -> None:
+    page = (Path(__file__).parents[4] / "docs" / "sandbox.md").read_text()
+    examples = re.findall(r"```json\n(.*?)```", page, re.DOTALL)
+    calls, hosts = map(read_faults, examples)
+    assert {fault.kind for fault in calls} <= CALL_KINDS.keys()
+    assert {fault.kind for fault in hosts} == HOST_KINDS.keys()
+    for kind in CALL_KINDS.keys() | HOST_KINDS.keys():
+        assert f"`{kind}`" in page
+
+
+def test_the_docs_tell_of_every_notification() -> None:
+    page = (Path(__file__).parents[4] / "docs" / "sandbox.md").read_text()
+    for event in WORDS:
+        assert f"`{event}`" in page
