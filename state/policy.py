@@ -12,6 +12,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from gpu_agent.wire import Fact
+from state import progress
 from state.job import Job, Reason, Status
 from state.machine import Move
 
@@ -35,6 +36,13 @@ class Policy:
         hedge_least, hedge_factor: a second machine is rented when a boot takes longer than this,
             and longer than so many times what is expected of the first.
         interruptions: after so many a job rents on demand only.
+        frozen: an agent that is heard but gets nothing done for so long has stalled, by state.
+        slow_steps: a training is frozen only after so many times the length of one of its steps.
+        slip_factor, slip_grace: a training whose end comes to lie later than so many times the
+            shortest length that it was ever believed to have, and a grace, will not end well.
+        boot_stuck: a boot of which the market says the same for so long is stuck.
+        boot_retrying: the same for a download of the image that is tried again and again.
+        lost: how long a host may be out of the market's sight before its agent was heard.
     """
 
     deadlines: Mapping[Status, timedelta] = field(
@@ -58,11 +66,28 @@ class Policy:
     hedge_least: timedelta = timedelta(seconds=60)
     hedge_factor: float = 1.5
     interruptions: int = 2
+    frozen: Mapping[Status, timedelta] = field(
+        default_factory=lambda: {
+            Status.PENDING_IMAGES: timedelta(seconds=50),
+            Status.PENDING_MODEL: timedelta(seconds=50),
+            Status.TRAINING: timedelta(seconds=50),
+        }
+    )
+    slow_steps: float = 10.0
+    slip_factor: float = 2.0
+    slip_grace: timedelta = timedelta(minutes=10)
+    boot_stuck: timedelta = timedelta(minutes=5)
+    boot_retrying: timedelta = timedelta(minutes=2)
+    lost: timedelta = timedelta(minutes=2)
 
 
 DEFAULT = Policy()
 #: Processes give a sign of life at least so often; a longer gap is a break.
 LIFE_GAP = timedelta(seconds=20)
+#: After a break agents try again at most so much later: their longest pause, and a fifth of it.
+LONGEST_PAUSE = timedelta(seconds=75)
+#: An agent reports at least so often, with some slack for the line.
+HEARD_EVERY = timedelta(seconds=15)
 #: `since` for those who know of no time at which nobody listened.
 ALWAYS = datetime.min.replace(tzinfo=UTC)
 
@@ -107,8 +132,12 @@ def decide(
         return Decision(step=Step.STALL, reason=_overdue(job, policy))
     silent_at = silent_from(job, policy, since)
     if silent_at is not None and now >= silent_at:
-        message = f"the agent was not heard for {_words(policy.silence)}"
-        return Decision(step=Step.STALL, reason=Reason(code="agent.silent", message=message))
+        return Decision(step=Step.STALL, reason=_silent(job, now))
+    frozen_at = frozen_from(job, policy, since)
+    if frozen_at is not None and now >= frozen_at:
+        return Decision(step=Step.STALL, reason=_frozen(job, now))
+    if slowing(job, policy):
+        return Decision(step=Step.STALL, reason=_slowing(job))
     if job.status is Status.PENDING_GPU and job.last_heard_at is None:
         return Decision(step=Step.ALLOCATE)
     if to_verify(job):
@@ -129,7 +158,48 @@ def silent_from(job: Job, policy: Policy = DEFAULT, since: datetime = ALWAYS) ->
     """When the agent counts as silent; never while the server itself verifies its upload."""
     if not job.active or job.last_heard_at is None or to_verify(job):
         return None
-    return max(job.last_heard_at, since) + policy.silence
+    if since <= job.last_heard_at:
+        return job.last_heard_at + policy.silence
+    # Whoever met a closed door comes back later the longer it was closed.
+    return since + policy.silence + min(2 * (since - job.last_heard_at), LONGEST_PAUSE)
+
+
+def frozen_from(job: Job, policy: Policy = DEFAULT, since: datetime = ALWAYS) -> datetime | None:
+    """When the job counts as frozen; None while its agent is not heard either (its silence
+    decides then: it may only be the line that is cut), or while nothing is expected of it."""
+    limit = frozen_after(job, policy)
+    if limit is None or job.last_heard_at is None or job.moved_at is None or to_verify(job):
+        return None
+    at = max(job.moved_at, since) + limit
+    return at if job.last_heard_at >= at - HEARD_EVERY else None
+
+
+def frozen_after(job: Job, policy: Policy = DEFAULT) -> timedelta | None:
+    """How long the job may stand still in its present state; None for as long as it likes."""
+    limit = policy.frozen.get(job.status)
+    step_s = progress.step_s(job)
+    if limit is None or job.status is not Status.TRAINING or step_s is None:
+        return limit
+    if progress.uploading(job):
+        return limit
+    # A host that names an absurd step still meets the state's own deadline.
+    return max(limit, timedelta(seconds=min(policy.slow_steps * step_s, 86_400.0)))
+
+
+def slowing(job: Job, policy: Policy = DEFAULT) -> bool:
+    """Whether the end of a training has moved too far away. On the last try slow is better than
+    failed."""
+    outlook = job.progress.get("outlook")
+    if job.status is not Status.TRAINING or not outlook or progress.uploading(job):
+        return False
+    began = job.entered_at.timestamp()
+    latest = began + policy.slip_factor * (outlook["best"] - began)
+    return not last_try(job) and outlook["finish"] > latest + policy.slip_grace.total_seconds()
+
+
+def last_try(job: Job) -> bool:
+    """Whether a stall would be the end; what higher bids ended does not count as a try."""
+    return job.attempt - job.interruptions >= job.request.max_attempts
 
 
 def listening_since(heard: tuple[datetime, Mapping[str, Any]] | None, now: datetime) -> datetime:
@@ -155,8 +225,8 @@ def next_look(job: Job, policy: Policy = DEFAULT, since: datetime = ALWAYS) -> d
         return None
     if job.status is Status.STALLED:
         return job.retry_at
-    silent_at = silent_from(job, policy, since)
-    times = [at for at in (job.deadline_at, silent_at) if at is not None]
+    overdue = (silent_from(job, policy, since), frozen_from(job, policy, since))
+    times = [at for at in (job.deadline_at, *overdue) if at is not None]
     return min(times, default=None)
 
 
@@ -172,6 +242,26 @@ def _overdue(job: Job, policy: Policy) -> Reason:
     )
 
 
+def _silent(job: Job, now: datetime) -> Reason:
+    unheard = _words(now - (job.last_heard_at or now))
+    _, where = progress.place(job)
+    return Reason(code="agent.silent", message=f"the agent was not heard for {unheard}, at {where}")
+
+
+def _frozen(job: Job, now: datetime) -> Reason:
+    what, where = progress.place(job)
+    stood = _words(now - (job.moved_at or now))
+    return Reason(code=f"{job.status}.frozen", message=f"no {what} for {stood} at {where}")
+
+
+def _slowing(job: Job) -> Reason:
+    outlook, began = job.progress["outlook"], job.entered_at.timestamp()
+    _, where = progress.place(job)
+    lasts, believed = (timedelta(seconds=outlook[key] - began) for key in ("finish", "best"))
+    words = f"at {where} the training looks like {_words(lasts)}; once it looked like "
+    return Reason(code="training.slowing", message=words + _words(believed))
+
+
 def _words(span: timedelta) -> str:
     seconds = int(span.total_seconds())
     if seconds < 120:
@@ -183,8 +273,7 @@ def _words(span: timedelta) -> str:
 
 def retry_at(job: Job, reason: Reason, now: datetime, policy: Policy = DEFAULT) -> datetime | None:
     """When the next attempt comes after `reason`; None when there will be none."""
-    tries = job.attempt - job.interruptions
-    if not reason.retryable or not job.dataset_ready or tries >= job.request.max_attempts:
+    if not reason.retryable or not job.dataset_ready or last_try(job):
         return None
     delays = policy.retry_delays
     return now + delays[min(job.attempt, len(delays)) - 1]

@@ -15,7 +15,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from gpu_agent.wire import Fact, Order, Report
-from state import machine, policy
+from state import machine, policy, progress
 from state.errors import AttemptOver, Conflict, IllegalMove, NotFound, TokenRefused
 from state.events import (
     Attempt,
@@ -44,24 +44,15 @@ WEBHOOK_TYPES: Mapping[Status, str] = {
     Status.FAILED: "job.failed",
     Status.CANCELLED: "job.cancelled",
 }
-#: Facts whose data is kept as the job's latest progress, by the key it is kept under.
-PROGRESS_KEYS: Mapping[Fact, str] = {
-    Fact.GPU_READY: "gpu",
-    Fact.IMAGES_PROGRESS: "images",
-    Fact.MODEL_PROGRESS: "model",
-    Fact.TRAINING_STARTED: "training",
-    Fact.TRAINING_PROGRESS: "training",
-    Fact.TRAINING_CHECKPOINT: "checkpoint",
-    Fact.TRAINING_COMPLETED: "result",
-    Fact.WEIGHTS_UPLOADED: "upload",
-}
 #: Somebody bid more for the machine than we did.
 OUTBID = "host.outbid"
-#: Reasons that say nothing against the machine on which they happened.
+#: Reasons that say nothing against the machine on which they happened …
 NOT_THE_HOSTS_FAULT = (
-    *("dataset.", "model.", "recipe.", "training.", "budget.", "account.", "pending"),
+    *("dataset.", "model.", "image.", "recipe.", "training.", "budget.", "account.", "pending."),
     OUTBID,
 )
+#: … and those of their kind that do.
+THE_HOSTS_FAULT = ("training.frozen", "training.slowing")
 
 
 class Outcome(enum.Enum):
@@ -227,7 +218,7 @@ class _Pen:
 
 
 def _blames_host(reason: Reason) -> bool:
-    return not reason.code.startswith(NOT_THE_HOSTS_FAULT) or reason.code == "pendingGpu.timeout"
+    return reason.code in THE_HOSTS_FAULT or not reason.code.startswith(NOT_THE_HOSTS_FAULT)
 
 
 def _lease_of(tx: Transaction, job: Job) -> Lease | None:
@@ -295,11 +286,13 @@ def _take(pen: _Pen, job: Job, report: Report) -> tuple[Job, Outcome, tuple[Orde
         return job, Outcome.STALE, ()
     first_word = job.last_heard_at is None
     orders = tuple(Order(item) for item in job.orders)
-    job = learnt.evolve(last_heard_at=pen.now, orders=())
+    job = progress.heard(learnt, report.type, report.data, pen.now)
+    job = job.evolve(last_heard_at=pen.now, orders=())
     job = pen.note(job, str(report.type), report.data, report)
-    job = _keep_progress(pen, job, report)
     job = pen.passed(job, steps)
-    if first_word or not steps:
+    if policy.slowing(job, pen.rules):
+        job = job.evolve(due_at=pen.now)
+    elif first_word or not steps:
         job = job.evolve(due_at=_earlier(job.due_at, policy.next_look(job, pen.rules)))
     if report.type is Fact.ERROR:
         job = pen.stall(job, _reason(report.data))
@@ -316,16 +309,6 @@ def _take(pen: _Pen, job: Job, report: Report) -> tuple[Job, Outcome, tuple[Orde
 
 def _earlier(one: datetime | None, other: datetime | None) -> datetime | None:
     return min((at for at in (one, other) if at is not None), default=None)
-
-
-def _keep_progress(pen: _Pen, job: Job, report: Report) -> Job:
-    key = PROGRESS_KEYS.get(report.type)
-    if key is None:
-        return job
-    # Series points live in the events; the job keeps only the latest values.
-    latest = {name: value for name, value in report.data.items() if name != "points"}
-    merged = {**job.progress.get(key, {}), **latest}
-    return job.evolve(progress={**job.progress, key: merged})
 
 
 def _reason(data: Mapping[str, Any]) -> Reason:
