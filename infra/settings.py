@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,9 +72,12 @@ class Settings:
 
         def number(name: str, default: float) -> float:
             try:
-                return float(env.get(name, default))
+                value = float(env.get(name, default))
             except ValueError:
                 raise SettingsError(f"{name} must be a number, not {env[name]!r}") from None
+            if not 0 <= value <= 1_000_000:  # NaN is not between, either
+                raise SettingsError(f"{name} must be from 0 to 1000000, not {env[name]!r}")
+            return value
 
         def flag(name: str) -> bool:
             value = env.get(name, "").lower()
@@ -84,8 +88,15 @@ class Settings:
         def dollars(name: str) -> int:
             return round(number(name, 0) * 1_000_000)
 
+        deployment = env.get("STOKER_DEPLOYMENT", defaults.deployment)
+        # With a slash in it, one's prefix could be the beginning of another's.
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", deployment):
+            raise SettingsError(
+                "STOKER_DEPLOYMENT must be letters, digits, '.', '_' and '-', at most 64, "
+                f"not {deployment!r}"
+            )
         return cls(
-            deployment=env.get("STOKER_DEPLOYMENT", defaults.deployment),
+            deployment=deployment,
             data_dir=Path(env.get("STOKER_DATA", defaults.data_dir)).absolute(),
             database_url=Secret(env.get("DATABASE_URL", "")),
             redis_url=Secret(env.get("REDIS_URL", "")),
