@@ -169,11 +169,11 @@ def say(line: socket.socket, text: bytes) -> bytes:
 
 def is_refused(link: Link) -> bool:
     """Whether a new connection ends before anything is said."""
-    with call(link) as line:
-        try:
+    try:
+        with call(link) as line:
             return not line.recv(1)
-        except ConnectionError:
-            return True
+    except ConnectionError:
+        return True
 
 
 def test_a_line_that_is_cut_is_reset_and_a_new_one_works(link: Link) -> None:

@@ -42,7 +42,6 @@ from orchestrator.cli.stage import TINY_BASE, descendants, free_port
 from stand.audit import Rental
 from stand.front import Front
 from stand.links import Link, Links
-from stand.protocol_trainer import weights
 from stand.running import Customer, argv_of, until
 from state.errors import StoreUnavailable
 from state.job import Job
@@ -180,7 +179,8 @@ class Storm:
             stack.callback(self.witness.close)
             self._market = Supervisor()
             stack.callback(self._market.close)
-            self._make_base()
+            base = threading.Thread(target=self._make_base)
+            base.start()
             self._market.launch(self._market_program())
             self.ledger.start()
             stack.callback(self.ledger.close)
@@ -195,6 +195,7 @@ class Storm:
             key = make_key(self.services, owner="storm", name="storm", scopes=scopes)
             self.client = Client(self.front.url, key)
             self.until_healthy(datetime.now(UTC))
+            base.join()
             self._dataset = upload_dataset(self.client, self._photos, photo_files(self._photos))
             ready = f"/v1/datasets/{self._dataset}"
             until(lambda: self.client.get(ready)["status"] == "ready", "a dataset")
@@ -257,15 +258,11 @@ class Storm:
             self._servers.run(item)
 
     def _make_base(self) -> None:
-        """What the customer wants to be trained: real where anything is to train it."""
         models = self.root / "models"
         models.mkdir()
         (models / "index.json").write_text(json.dumps({"1": "tiny.safetensors"}))
-        tiny = models / "tiny.safetensors"
-        if not self._real_every:
-            tiny.write_bytes(weights())
-            return
-        argv = (sys.executable, "-m", "gpu_agent.lora.tiny_base", str(tiny))
+        tiny = str(models / "tiny.safetensors")
+        argv = (sys.executable, "-m", "gpu_agent.lora.tiny_base", tiny)
         log = self.root / "tiny.log"
         self._market.run_once(Program(name="tiny", argv=argv, log=log, cwd=ROOT, once=True))
 
@@ -310,7 +307,7 @@ class Storm:
         number = len(self.ordered) + 1
         real = bool(self._real_every) and number % self._real_every == 0
         recipe: dict[str, Any] = {
-            "steps": 4 if real else self._dice_of_orders(number).randint(4, 40),
+            "steps": 4 if real else random.Random(number).randint(4, 40),
             "resolution": 64,
             "rank": 4,
             "trigger": "real" if real else "sks",
@@ -328,9 +325,6 @@ class Storm:
                 answer = self.client.call("POST", "/v1/jobs", json=body, headers=key)
                 return str(answer.json()["id"])
             time.sleep(0.2)
-
-    def _dice_of_orders(self, number: int) -> random.Random:
-        return random.Random(number)
 
     def jobs(self) -> dict[str, Job]:
         with self.services.store.transaction() as tx:
