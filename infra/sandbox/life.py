@@ -200,6 +200,8 @@ class Life:
                 raise MarketError(400, "invalid_args", "The contract of this instance has ended.")
             if self.credit <= 0:
                 raise MarketError(400, "insufficient_credit", "Your account lacks credit.")
+            if "abandoned" in contract.struck:
+                return  # the order is taken, and nothing comes of it
             contract.wanted, contract.lowered = True, False
             contract.intended = contract.following = "running"
             machine = contract.host.machine_id
@@ -248,14 +250,14 @@ class Life:
         """The host cannot start it: `created`, meant to be stopped, and so for ever."""
         with self.lock:
             contract = self._current(number)
-            contract.wanted = False
-            contract.halt()
-            contract.actual, contract.message = "created", message
+            contract.struck.add("abandoned")
+            self._give_up(contract, message)
 
     def stick(self, number: int, message: str = "Retrying in 5 seconds") -> None:
         """It never comes further than `loading`."""
         with self.lock:
             contract = self._current(number)
+            self._kill_container(contract)
             contract.actual, contract.message, contract.steps = "loading", message, []
 
     def outbid(self, number: int, price: float = math.inf, *, seconds: float | None = None) -> None:
@@ -300,7 +302,7 @@ class Life:
     def crash(self, number: int) -> None:
         """The container's processes end at once, as by SIGKILL."""
         with self.lock:
-            self.machines.kill(str(self._current(number).id))
+            self._kill_container(self._current(number))
 
     def vanish(self, number: int) -> None:
         """It is gone, and nobody asked for that."""
@@ -455,7 +457,7 @@ class Life:
             case "pull_denied":
                 self.stick(number, fault.message or PULL_DENIED.format(image=contract.image))
             case "lost_after_pull":
-                self.abandon(number, f"Successfully loaded {contract.image}")
+                self._give_up(contract, f"Successfully loaded {contract.image}")
                 contract.outbid = True
                 self.rivals[machine] = math.inf
                 self._rival_leaves_after(machine, RIVAL_STAYS_S)
@@ -557,9 +559,7 @@ class Life:
     def _resume(self, contract: Contract) -> None:
         contract.resuming = False
         machine = contract.host.machine_id
-        if not contract.outbid or not contract.wanted or contract.lowered:
-            return
-        if holder(self._wanting(machine), self.rivals.get(machine)) is contract:
+        if contract.outbid and holder(self._wanting(machine), self.rivals.get(machine)) is contract:
             contract.outbid = contract.queued_start = False
             self._start(contract)
 
@@ -607,6 +607,17 @@ class Life:
     def _ending(self, contract: Contract) -> bool:
         """Whether a container of this contract has still to end."""
         return self.machines.exit_code(str(contract.id)) is None
+
+    def _kill_container(self, contract: Contract) -> None:
+        if self._ending(contract):
+            self.machines.kill(str(contract.id))
+
+    def _give_up(self, contract: Contract, message: str) -> None:
+        """`created`, and meant to be stopped: it never comes to run."""
+        self._kill_container(contract)
+        contract.wanted = False
+        contract.halt()
+        contract.actual, contract.message = "created", message
 
     def _launch(self, contract: Contract) -> None:
         kind = "ssh" if "ssh" in contract.runtype or "jupyter" in contract.runtype else "args"

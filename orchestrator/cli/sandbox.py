@@ -77,9 +77,9 @@ def serve(
 
     plan = _plan(base_models, faults, profile, notify or [])
     admin = address(admin_bind or f"127.0.0.1:{port and port + 1}")
-    for where in ((host, port), admin):
+    for where, option in (((host, port), "--port 0"), (admin, "--admin-bind 127.0.0.1:0")):
         if where[1]:
-            check_free(*where, "end it, or take a free one with --port 0")
+            check_free(*where, f"end it, or take a free one with {option}")
     keys = {
         name: os.environ.get(name) or secrets.token_hex(16)
         for name in ("SANDBOX_ACCOUNT_KEY", "SANDBOX_CIVITAI_KEY")

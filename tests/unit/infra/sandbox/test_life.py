@@ -40,6 +40,17 @@ def test_a_contract_is_created_and_abandoned(opened: Any, time: Any, rent: Any) 
     assert "unresolvable CDI devices" in contract.message
     assert market.machines.running == {}
     assert contract.charges["gpu"] == 0 < contract.charges["disk"]
+    market.start(contract.id)
+    time.passes(HOUR)
+    assert (contract.actual, states(contract)) == ("created", STOPPED)
+
+
+def test_what_runs_ends_when_its_host_gives_up(opened: Any, time: Any, rent: Any) -> None:
+    market = opened(HostFault(kind="abandoned", at="running", after_s=60))
+    contract = rent(market)
+    time.passes(170)
+    assert contract.actual == "created"
+    assert market.machines.running == {}
 
 
 @pytest.mark.parametrize(
