@@ -12,7 +12,7 @@ What every implementation promises (held by `tests/integration/provider/test_pro
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Protocol
@@ -92,3 +92,8 @@ class Provider(Protocol):
 
     def account(self) -> Account:
         """Raises: Refused, Unreadable."""
+
+    def charges(self, labels: Collection[str], since: datetime) -> dict[str, int]:
+        """Micro-USD charged so far for instances with these labels, the GPU, disk and bandwidth
+        together, since the day of `since`; a label without a charge is missing. Invoices lag.
+        Raises: Refused, Unreadable."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
@@ -94,6 +94,7 @@ class MemoryProvider:
         #: By id, those destroyed too.
         self.rentals: dict[str, Rental] = {}
         self._open: dict[str, Rental] = {}
+        self._labelled: dict[str, list[Rental]] = {}
         ids = [int(offer.id) for offer in offers if offer.id.isdigit()]
         self._ids = itertools.count(max(ids, default=0) + 1)
         self._lock = threading.RLock()
@@ -126,6 +127,7 @@ class MemoryProvider:
                 runs_from=now + timedelta(seconds=self._boot_s(taken)),
             )
             self.rentals[rental.id] = self._open[rental.id] = rental
+            self._labelled.setdefault(rental.label, []).append(rental)
         self.began(rental)
         _raise(after)
         return rental.id
@@ -163,6 +165,16 @@ class MemoryProvider:
         credit = self.account_credit()
         _raise(after)
         return Account(id="memory", credit=credit)
+
+    def charges(self, labels: Collection[str], since: datetime) -> dict[str, int]:
+        after = self._before("charges")
+        found: dict[str, int] = {}
+        with self._lock:
+            for label in labels:
+                for rental in self._labelled.get(label, ()):
+                    found[label] = found.get(label, 0) + self._cost(rental)
+        _raise(after)
+        return found
 
     # what a simulation does to the market, and reads from it
 

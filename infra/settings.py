@@ -6,13 +6,19 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 from state.events import Secret
+from state.money import Limits
 
 
 class SettingsError(Exception):
     """A setting is missing or cannot be used; the text says which, and what to do."""
+
+
+#: What holds unless the environment says otherwise: no cap on money, but on storms.
+LIMITS = Limits(runway=timedelta(hours=1), rentals_per_minute=30, rentals_per_hour=600, failures=10)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +32,9 @@ class Settings:
         public_url: how rented machines reach this installation.
         secret_keys: Fernet keys for secrets at rest, newest first.
         private_webhooks: whether customers' webhooks may go to private addresses (demo, tests).
-        per_hour_limit, per_day_limit: micro-USD that may be spent; 0 means no limit.
+        limits: what may be spent, held and rented; see `state.money.Limits`.
+        image_bytes: what a machine pulls before our script runs, and is billed for: the layers
+            of `agent_image`, as the registry stores them.
     """
 
     deployment: str = "stoker"
@@ -56,8 +64,8 @@ class Settings:
     kill_switch: bool = False
     private_webhooks: bool = False
     private_bases: bool = False
-    per_hour_limit: int = 0
-    per_day_limit: int = 0
+    limits: Limits = LIMITS
+    image_bytes: int = 4_000_000_000
     retention_days: float = 30.0
 
     @classmethod
@@ -84,6 +92,9 @@ class Settings:
             if value not in ("", "0", "1", "false", "true", "no", "yes"):
                 raise SettingsError(f"{name} must be 1 or 0, not {env[name]!r}")
             return value in ("1", "true", "yes")
+
+        def count(name: str, default: int) -> int:
+            return round(number(name, default))
 
         def dollars(name: str) -> int:
             return round(number(name, 0) * 1_000_000)
@@ -123,8 +134,22 @@ class Settings:
             kill_switch=flag("STOKER_KILL_SWITCH"),
             private_webhooks=flag("STOKER_PRIVATE_WEBHOOKS"),
             private_bases=flag("STOKER_PRIVATE_BASES"),
-            per_hour_limit=dollars("STOKER_MAX_PER_HOUR"),
-            per_day_limit=dollars("STOKER_MAX_PER_DAY"),
+            limits=Limits(
+                per_hour=dollars("STOKER_MAX_PER_HOUR"),
+                per_day=dollars("STOKER_MAX_PER_DAY"),
+                total=dollars("STOKER_MAX_TOTAL"),
+                machines=count("STOKER_MAX_MACHINES", 0),
+                rate=dollars("STOKER_MAX_RATE"),
+                runway=timedelta(
+                    hours=number("STOKER_MIN_RUNWAY_HOURS", LIMITS.runway / timedelta(hours=1))
+                ),
+                rentals_per_minute=count(
+                    "STOKER_MAX_RENTALS_PER_MINUTE", LIMITS.rentals_per_minute
+                ),
+                rentals_per_hour=count("STOKER_MAX_RENTALS_PER_HOUR", LIMITS.rentals_per_hour),
+                failures=count("STOKER_MAX_FAILURES", LIMITS.failures),
+            ),
+            image_bytes=round(number("STOKER_IMAGE_GB", defaults.image_bytes / 1e9) * 1e9),
             retention_days=number("STOKER_RETENTION_DAYS", defaults.retention_days),
         )
 
@@ -134,6 +159,7 @@ class Settings:
         def flag(value: bool) -> str:
             return "1" if value else "0"
 
+        limits = self.limits
         return {
             "STOKER_DEPLOYMENT": self.deployment,
             "STOKER_DATA": str(self.data_dir),
@@ -160,7 +186,15 @@ class Settings:
             "STOKER_KILL_SWITCH": flag(self.kill_switch),
             "STOKER_PRIVATE_WEBHOOKS": flag(self.private_webhooks),
             "STOKER_PRIVATE_BASES": flag(self.private_bases),
-            "STOKER_MAX_PER_HOUR": str(self.per_hour_limit / 1_000_000),
-            "STOKER_MAX_PER_DAY": str(self.per_day_limit / 1_000_000),
+            "STOKER_MAX_PER_HOUR": str(limits.per_hour / 1_000_000),
+            "STOKER_MAX_PER_DAY": str(limits.per_day / 1_000_000),
+            "STOKER_MAX_TOTAL": str(limits.total / 1_000_000),
+            "STOKER_MAX_MACHINES": str(limits.machines),
+            "STOKER_MAX_RATE": str(limits.rate / 1_000_000),
+            "STOKER_MIN_RUNWAY_HOURS": str(limits.runway / timedelta(hours=1)),
+            "STOKER_MAX_RENTALS_PER_MINUTE": str(limits.rentals_per_minute),
+            "STOKER_MAX_RENTALS_PER_HOUR": str(limits.rentals_per_hour),
+            "STOKER_MAX_FAILURES": str(limits.failures),
+            "STOKER_IMAGE_GB": str(self.image_bytes / 1e9),
             "STOKER_RETENTION_DAYS": str(self.retention_days),
         }

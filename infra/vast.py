@@ -18,7 +18,7 @@ import queue
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -57,6 +57,9 @@ CREATE_PENALTY_S = 12.0
 #: The market returns no more than this per search, whatever is asked.
 SEARCH_CAP = 64
 PAGE = 25
+CHARGES_PAGE = 500
+#: The day that no charge is later than (epoch seconds).
+NO_END = 32_503_680_000
 #: A list of more pages than this is no list.
 MAX_PAGES = 400
 MAX_ANSWER_BYTES = 32 * 1024 * 1024
@@ -420,22 +423,50 @@ class VastProvider:
             raise Unreadable(f"Vast's account record has no id or credit: {self._said(answer)}")
         return Account(id=identity, credit=round(credit * 1_000_000))
 
+    def charges(self, labels: Collection[str], since: datetime) -> dict[str, int]:
+        """See `Provider.charges`. One charge that cannot be read makes the whole unreadable: a
+        part would be taken for the price."""
+        day = since.astimezone(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
+        query: dict[str, Any] = {
+            "select_filters": {
+                "day": {"gte": day.timestamp(), "lte": NO_END},
+                "type": {"in": ["instance"]},
+            },
+            "limit": CHARGES_PAGE,
+        }
+        found: dict[str, int] = {}
+        for row in self._pages("charges", "/charges/", query, "results"):
+            fields = row if isinstance(row, dict) else {}
+            amount, metadata = _micro(fields, "amount"), fields.get("metadata")
+            if amount is None or not isinstance(metadata, dict):
+                raise Unreadable("a charge of Vast's could not be read")
+            label = _text(metadata.get("label"))
+            if label in labels:
+                found[label] = found.get(label, 0) + amount
+        return found
+
     def _rows(self) -> Iterator[Any]:
-        """All rows of all pages. Raises Unreadable rather than end early."""
         query: dict[str, Any] = {
             "select_filters": {},
             "order_by": [{"col": "id", "dir": "asc"}],
             "limit": PAGE,
         }
+        return self._pages("list", "/api/v1/instances/", query, "instances", identity="id")
+
+    def _pages(
+        self, endpoint: str, path: str, query: dict[str, Any], key: str, *, identity: str = ""
+    ) -> Iterator[Any]:
+        """All rows of all pages. Raises Unreadable rather than end early."""
         ids, odd, tokens = set(), 0, set()
         for _ in range(MAX_PAGES):
-            answer = self._read("list", lambda: self._client.get("/api/v1/instances/", query))
-            rows = answer.fields.get("instances")
+            answer = self._read(endpoint, lambda: self._client.get(path, query))
+            rows = answer.fields.get(key)
             if not isinstance(rows, list):
-                raise Unreadable(f"Vast's list of instances: {self._said(answer)}")
+                raise Unreadable(f"Vast's list of {key}: {self._said(answer)}")
             yield from rows
             # Counted once each: a row shown twice must not stand in for one that is missing.
-            known = [row["id"] for row in rows if isinstance(row, dict) and _text(row.get("id"))]
+            named = [row.get(identity) for row in rows if isinstance(row, dict)]
+            known = [name for name in map(_text, named) if name]
             ids.update(known)
             odd += len(rows) - len(known)
             seen = len(ids) + odd
@@ -443,10 +474,10 @@ class VastProvider:
             if token in (None, "") and _ended(answer.fields, seen):
                 return
             if not isinstance(token, str) or not token or token in tokens or not rows:
-                raise Unreadable("Vast's list of instances has no end that can be trusted")
+                raise Unreadable(f"Vast's list of {key} has no end that can be trusted")
             tokens.add(token)
             query["after_token"] = token
-        raise Unreadable(f"Vast's list of instances has more than {MAX_PAGES} pages")
+        raise Unreadable(f"Vast's list of {key} has more than {MAX_PAGES} pages")
 
     def _fetch(self, url: str, within: float) -> str | None:
         """The uploaded log, once it is there. Neither our key nor a netrc goes along."""
@@ -654,6 +685,7 @@ def _ended(fields: Mapping[str, Any], seen: int) -> bool:
     """Whether a page without a token is the last: it says so, or the account's count is reached;
     and no fewer rows came than it found."""
     found, total = _number(fields, "instances_found"), _number(fields, "total_instances")
+    found = _number(fields, "total") if found is None else found
     if found is not None and seen < found:
         return False
     return "next_token" in fields or (total is not None and seen >= total)

@@ -52,7 +52,8 @@ class Lease:
         price: micro-USD per hour (GPU and disk) as offered.
         storage_price: micro-USD per hour of the disk alone, billed while not running.
         download_price, upload_price: micro-USD per GB.
-        vram_gb, disk_gb, download_mbps: as offered; a machine that has less lies.
+        vram_gb, download_mbps: as offered; a machine that has less lies.
+        disk_gb: as rented.
         boot_s: how long its boot is expected to take (seconds).
         reserved: micro-USD set aside for it when it was decided to rent.
         expires_at: after this anybody may destroy the instance.

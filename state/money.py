@@ -5,64 +5,221 @@ Values in, decisions out: nothing here reads a clock, a database or a market.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 
 from state import policy
 from state.job import Job, Reason
-from state.lease import Lease
+from state.lease import Lease, LeaseStatus
 from state.policy import Policy
 
-
-def cost(lease: Lease, now: datetime) -> int:
-    """Micro-USD that a lease has cost until `now`, by its offered price.
-
-    Counted from the answer to the create call until the instance was seen gone; what the market
-    does not bill (loading is free on Vast.ai) makes the true figure smaller, never larger.
-    """
-    if lease.rented_at is None:
-        return 0
-    end = lease.released_at or now
-    return round(lease.price * max(0.0, (end - lease.rented_at).total_seconds()) / 3600)
+HOUR, DAY = timedelta(hours=1), timedelta(days=1)
+#: A machine that cannot be paid for so long is not worth its boot.
+LEAST_SPAN = timedelta(minutes=3)
+#: Failed machines are forgotten after so long.
+FAILURES_REMEMBERED = timedelta(hours=6)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Budget:
-    """Micro-USD; a limit of 0 is none. `reserved` is what open leases may still cost."""
+class Cost:
+    """What a machine cost, by what the market bills apart."""
+
+    gpu: int = 0
+    disk: int = 0
+    bandwidth: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.gpu + self.disk + self.bandwidth
+
+
+def cost(lease: Lease, now: datetime) -> Cost:
+    """What a lease has cost until `now` by our own count: never less than the truth, and exact to
+    the time between two looks once it is released.
+
+    The disk is billed from the create call until the instance is gone, the GPU only while it
+    runs: from the last look that showed it booting until its end was confirmed.
+    """
+    if lease.rented_at is None:
+        return Cost()
+    gone = lease.released_at or now
+    began = lease.booting_at or lease.rented_at
+    ran_from = began if lease.running_at is None else min(began, lease.running_at)
+    ran_until = min(lease.ended_at or gone, gone)
+    return Cost(
+        gpu=_for(lease.price - lease.storage_price, ran_until - ran_from),
+        disk=_for(lease.storage_price, gone - lease.rented_at),
+        bandwidth=bandwidth(lease),
+    )
+
+
+def bandwidth(lease: Lease) -> int:
+    return round((lease.received * lease.download_price + lease.sent * lease.upload_price) / 1e9)
+
+
+def spent(lease: Lease, now: datetime) -> int:
+    """What counts for a lease: what the market charged once that is final, until then the more
+    of that and of our own count."""
+    if lease.billed is None:
+        return lease.cost if lease.released_at else cost(lease, now).total
+    final = lease.released_at is not None and lease.due_at is None
+    return lease.billed if final else max(lease.billed, lease.cost)
+
+
+def worst(lease: Lease) -> int:
+    """What an open lease may cost in all."""
+    return _for(lease.price, lease.expires_at - lease.created_at) + bandwidth(lease)
+
+
+def within(lease: Lease, start: datetime, end: datetime, now: datetime) -> int:
+    """What a lease costs at most between two times; an open one may last until it expires."""
+    began = lease.rented_at or lease.created_at
+    if not lease.open and lease.rented_at is None:
+        return 0
+    last = lease.released_at or max(lease.expires_at, now)
+    moved = bandwidth(lease) if start <= began < end else 0
+    return _for(lease.price, min(last, end) - max(began, start)) + moved
+
+
+def _for(price: int, span: timedelta) -> int:
+    """`price` per hour for `span`; nothing for a span that ended before it began."""
+    return round(price * max(0.0, span.total_seconds()) / 3600)
+
+
+# --- one job's money --------------------------------------------------------------------------
+
+
+def left(job: Job, closed: int, leases: Sequence[Lease], now: datetime) -> int:
+    """What `job` may still spend: its cap, less what its closed leases cost (`closed`), and less
+    what its open ones have cost so far, counted from their creation where nobody knows better."""
+    opened = (lease for lease in leases if lease.open)
+    known = (lease.evolve(rented_at=lease.rented_at or lease.created_at) for lease in opened)
+    return job.request.max_cost - closed - sum(cost(lease, now).total for lease in known)
+
+
+def span(
+    price: int,
+    moved: int,
+    remaining: int,
+    beside: Sequence[Lease],
+    race: timedelta,
+    rules: Policy = policy.DEFAULT,
+) -> timedelta:
+    """How long a machine at `price` may be held by a job with `remaining` to spend, that moves
+    bytes for `moved`: the policy's span, or what is left when those `beside` it, which will be
+    gone after the `race`, are paid."""
+    pays = remaining - moved - sum(_for(lease.price, race) for lease in beside)
+    if pays <= 0:
+        return timedelta(0)
+    return min(rules.lease, timedelta(hours=pays / price)) if price else rules.lease
+
+
+def used_up(job: Job, closed: int) -> Reason:
+    cap, so_far = dollars(job.request.max_cost), dollars(closed)
+    message = f"the job has cost {so_far} of at most {cap}; the rest pays for no machine"
+    return Reason(code="budget.job", message=message, retryable=False)
+
+
+# --- the deployment's money -------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a deployment may spend and hold. Micro-USD; a limit of 0 is none.
+
+    Attributes:
+        per_hour, per_day: spent within a clock hour or a day of UTC, and within the next one.
+        total: spent in all, ever.
+        machines: rented at the same time.
+        rate: micro-USD per hour for all machines together.
+        runway: the account's credit must pay all machines for so long.
+        rentals_per_minute, rentals_per_hour: instances created.
+        failures: instances in a row that never became ready; then renting pauses.
+    """
 
     per_hour: int = 0
     per_day: int = 0
-    spent_hour: int = 0
-    spent_day: int = 0
-    reserved: int = 0
+    total: int = 0
+    machines: int = 0
+    rate: int = 0
+    runway: timedelta = timedelta(0)
+    rentals_per_minute: int = 0
+    rentals_per_hour: int = 0
+    failures: int = 0
+
+    def horizon(self, now: datetime, rules: Policy = policy.DEFAULT) -> datetime | None:
+        """Leases created since then matter to these limits, besides open ones; None: none do."""
+        times = []
+        if self.per_day:
+            times.append(_begin(now, DAY) - rules.lease)
+        if self.per_hour:
+            times.append(_begin(now, HOUR) - rules.lease)
+        if self.rentals_per_minute or self.rentals_per_hour:
+            times.append(now - HOUR)
+        if self.failures:
+            times.append(now - FAILURES_REMEMBERED)
+        return min(times, default=None)
 
 
-def over_budget(job: Job, spent: int, price: int, hours: float, budget: Budget) -> Reason | None:
-    """Why `price` per hour for `hours` may not be rented for `job`, or None when it may."""
-    coming = round(price * hours)
-    if spent >= job.request.max_cost:
-        return Reason(
-            code="budget.job",
-            message=f"the job has cost {dollars(spent)} of at most {dollars(job.request.max_cost)}",
-            retryable=False,
-        )
-    for name, limit, used in (
-        ("hour", budget.per_hour, budget.spent_hour),
-        ("day", budget.per_day, budget.spent_day),
+NO_LIMITS = Limits()
+
+
+def over_limit(
+    limits: Limits,
+    leases: Sequence[Lease],
+    *,
+    new: Lease | None,
+    spent_ever: int,
+    credit: int | None,
+    now: datetime,
+) -> Reason | None:
+    """Why `new` may not be rented beside `leases` (those since the horizon, and all open ones),
+    or None when it may. Without `new`: which limit is passed already."""
+    all_leases = [*leases, new] if new else list(leases)
+    held = [lease for lease in all_leases if lease.open]
+    if limits.machines and len(held) > limits.machines:
+        return _reason("machines", f"{len(leases)} of {limits.machines} machines are rented")
+    rate = burn(held)
+    if limits.rate and rate > limits.rate:
+        return _reason("rate", f"{dollars(rate)}/h would pass {dollars(limits.rate)}/h")
+    for name, limit, length in (
+        ("hour", limits.per_hour, HOUR),
+        ("day", limits.per_day, DAY),
     ):
-        if limit and used + budget.reserved + coming > limit:
-            return Reason(
-                code=f"budget.{name}",
-                message=f"{dollars(used)} spent and {dollars(budget.reserved)} reserved of "
-                f"{dollars(limit)} per {name}",
-            )
+        begin = _begin(now, length)
+        for start in (begin, begin + length) if limit else ():
+            most = sum(within(lease, start, start + length, now) for lease in all_leases)
+            if most > limit:
+                words = f"{dollars(most)} of {dollars(limit)} per {name} are spent or set aside"
+                return _reason(name, words)
+    committed = spent_ever + sum(lease.reserved for lease in held)
+    if limits.total and committed > limits.total:
+        words = f"{dollars(committed)} of {dollars(limits.total)} in all are spent or set aside"
+        return _reason("total", words)
+    if credit is not None and limits.runway and credit < _for(rate, limits.runway):
+        words = f"{dollars(credit)} of credit pay {dollars(rate)}/h for less than {limits.runway}"
+        return Reason(code="runway.low", message=words)
     return None
 
 
-def lease_hours(job: Job, spent: int, price: int, rules: Policy = policy.DEFAULT) -> float:
-    """How long a machine at `price` may be held: the policy's span, or what the cap still pays."""
-    allowed = rules.lease.total_seconds() / 3600
-    return min(allowed, max(0, job.request.max_cost - spent) / price) if price else allowed
+def burn(leases: Sequence[Lease]) -> int:
+    """Micro-USD per hour of all machines that are not being released."""
+    return sum(lease.price for lease in leases if lease.open and not _going(lease))
+
+
+def _going(lease: Lease) -> bool:
+    return lease.status is LeaseStatus.RELEASING
+
+
+def _begin(now: datetime, length: timedelta) -> datetime:
+    """The clock hour's, or the UTC day's."""
+    midnight = now.astimezone(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
+    return midnight if length >= DAY else now.replace(minute=0, second=0, microsecond=0)
+
+
+def _reason(name: str, words: str) -> Reason:
+    return Reason(code=f"budget.{name}", message=words)
 
 
 def dollars(micro: int) -> str:

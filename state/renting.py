@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import datetime, timedelta
 
 from state import policy
@@ -51,6 +51,20 @@ def was_shown(lease: Lease) -> bool:
     return any(at is not None for at in (lease.seen_at, lease.running_at, lease.ready_at))
 
 
+def last_words_at(lease: Lease, now: datetime) -> datetime:
+    """When somebody must look at a rented lease again: in time for a last checkpoint, and when
+    it ends."""
+    early = lease.expires_at - LAST_WORDS
+    return early if early > now else lease.expires_at
+
+
+def not_believable(leases: Sequence[Lease], listed: Collection[str]) -> bool:
+    """Whether a readable list of instance ids is likelier wrong than right: of several machines
+    that were seen, and that nobody destroyed, it shows none."""
+    rented = [lease for lease in leases if lease.status is LeaseStatus.RENTED and lease.seen_at]
+    return len(rented) > 1 and not any(lease.instance_id in listed for lease in rented)
+
+
 def wants_release(lease: Lease, job: Job | None, now: datetime) -> str | None:
     """Why this lease must go now, or None while it may stay."""
     if lease.status in (LeaseStatus.RELEASING, LeaseStatus.RELEASED):
@@ -68,5 +82,7 @@ def wants_release(lease: Lease, job: Job | None, now: datetime) -> str | None:
     return None
 
 
+#: A last checkpoint is ordered so long before a lease ends.
+LAST_WORDS = timedelta(minutes=2)
 #: Why the slower of two machines goes.
 LOST_RACE = "another machine was ready first"

@@ -1,14 +1,20 @@
 """Renting a GPU for a job, so that at every line somebody owns what may be billing.
 
-Who owns the instance if the process dies
+Who owns the instance if the process dies (`tests/unit/tasks/test_dying.py` dies on each line)
   before `_intend` commits            nobody needs to: nothing was asked for
   between intent and create           the lease row (`intended`): `settle` finds nothing, closes it
   during or after create              the lease row: `settle` finds the instance by its label
+  refused, before it is written       the lease row (`intended`): as above, also where an instance
+                                      was named
+  no clear answer, before it is       the lease row (`intended`): as above
+  written
+  in `_rented`, before its commit     the lease row (`intended`): `settle` finds the instance
   after `_rented` commits             the lease row, with the id
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import secrets
 from collections.abc import Callable, Mapping, Sequence
@@ -16,14 +22,15 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from infra.provider import LaunchSpec, Provider
-from state import money, policy, ranking, record, renting
+from state import brakes, money, policy, ranking, record, renting
 from state.errors import AccountFault, NotFound, ProviderError, Refused, Throttled
 from state.events import Attempt
-from state.job import Job, Reason
+from state.job import Job, Reason, Status
 from state.lease import Lease, LeaseStatus
-from state.money import Budget
+from state.money import Limits
 from state.offer import Offer
 from state.policy import Policy
+from state.ranking import Workload
 from state.store import Store, Transaction
 
 #: How many offers one pass may try: each is one create call that was clearly refused.
@@ -35,15 +42,16 @@ OTHERS_FIRST = "every offer that fits is being rented for another job"
 
 @dataclass(frozen=True, kw_only=True)
 class Terms:
-    """What renting needs to know of this installation. Limits are micro-USD, 0 is none."""
+    """What renting needs to know of this installation. `image_bytes` is what a machine pulls
+    before our script runs."""
 
     deployment: str
     image: str
     public_url: str
     onstart: str
-    per_hour_limit: int = 0
-    per_day_limit: int = 0
-    #: Stops renting; never stops releasing.
+    image_bytes: int = 4_000_000_000
+    limits: Limits = money.NO_LIMITS
+    #: Stops renting; never stops releasing. `stoker stop-renting` does the same while all runs.
     kill_switch: bool = False
 
     def label(self, job: Job) -> str:
@@ -77,8 +85,10 @@ class Renter:
                 return None
             hosts = {host.machine_id: host for host in tx.hosts()}
             work = ranking.workload(job.request, tx.dataset(job.request.dataset_id).zip_bytes)
-        if self.terms.kill_switch:
-            self._wait(job_id, "renting is switched off by the operator")
+            work = dataclasses.replace(work, image_bytes=self.terms.image_bytes)
+            stopped = self._stopped(self._book(tx))
+        if stopped is not None:
+            self._wait(job_id, stopped.message, hold=True)
             return None
         try:
             offers = self._offers(job)
@@ -99,7 +109,7 @@ class Renter:
             self._wait(job_id, _nothing_fits(job, offers))
             return None
         boots = {offer.id: ranking.boot_s(work, hosts.get(offer.machine_id)) for offer in ranked}
-        return self._try_offers(job_id, ranked, boots)
+        return self._try_offers(job_id, ranked, boots, work)
 
     def _offers(self, job: Job) -> list[Offer]:
         """What is for rent; for an interruptible job also by bid, until it was outbid too often."""
@@ -110,12 +120,12 @@ class Renter:
         return offers
 
     def _try_offers(
-        self, job_id: str, ranked: Sequence[Offer], boots: Mapping[str, float]
+        self, job_id: str, ranked: Sequence[Offer], boots: Mapping[str, float], work: Workload
     ) -> Lease | None:
         refusals: list[str] = []
         untried = list(ranked)
         while untried and len(refusals) < MAX_OFFERS_PER_PASS:
-            intended = self._intend(job_id, untried, boots)
+            intended = self._intend(job_id, untried, boots, work)
             if intended is None:
                 return None
             lease, token, offer = intended
@@ -128,7 +138,8 @@ class Renter:
                 if isinstance(error, (AccountFault, Throttled)) or error.code == "unreachable":
                     # No other offer would fare better now.
                     pause = error.retry_after if isinstance(error, Throttled) else None
-                    self._wait(job_id, str(error), pause=pause)
+                    account = isinstance(error, AccountFault)
+                    self._wait(job_id, str(error), pause=pause, hold=account)
                     return None
             except ProviderError as error:
                 self._unknown(lease, error)
@@ -141,79 +152,137 @@ class Renter:
     def _wanted(self, tx: Transaction, job: Job) -> bool:
         return renting.wanted(job, tx.leases_of(job.id), self.clock(), self.rules)
 
+    def _book(self, tx: Transaction) -> brakes.Book:
+        return brakes.read(tx, self.terms.limits, self.clock(), self.rules)
+
+    def _stopped(self, book: brakes.Book) -> Reason | None:
+        now, limits = self.clock(), self.terms.limits
+        return brakes.stopped(book, limits, now, kill_switch=self.terms.kill_switch)
+
     def _intend(
-        self, job_id: str, offers: Sequence[Offer], boots: Mapping[str, float]
+        self, job_id: str, offers: Sequence[Offer], boots: Mapping[str, float], work: Workload
     ) -> tuple[Lease, str, Offer] | None:
-        """Write down that the first of `offers` which no other job of ours is after is about to
-        be rented; None when that may not be, or there is none."""
+        """Write down that the first of `offers` which no other job of ours is after, and which
+        the job can pay, is about to be rented; None when that may not be, or there is none.
+
+        Whatever it may cost is set aside in the transaction that decides: budgets are sums over
+        all leases, so only one at a time comes through here.
+        """
         now = self.clock()
         with self.store.transaction() as tx:
-            # One at a time through here: budgets are sums over all leases.
             tx.lock("rent")
             job = tx.job(job_id, lock=True)
             if not self._wanted(tx, job):
                 return None
+            leases, closed = tx.leases_of(job.id), tx.spend_of(job.id)
             taken = tx.offers_taken([offer.id for offer in offers])
-            offer = next((offer for offer in offers if offer.id not in taken), None)
+            free = [offer for offer in offers if offer.id not in taken]
+            if not free:
+                self._explain(tx, job, OTHERS_FIRST, now)
+                return None
+            spans = {offer.id: self._span(job, offer, work, leases, closed, now) for offer in free}
+            offer = next((item for item in free if spans[item.id] >= money.LEAST_SPAN), None)
+            if offer is None and any(lease.open for lease in leases):
+                self._explain(tx, job, "the job's cap pays for no second machine", now)
+                return None
             if offer is None:
-                self._explain(tx, job, Reason(code="gpu.none", message=OTHERS_FIRST), now)
+                record.stall(tx, job.id, money.used_up(job, closed), now, self.rules)
                 return None
-            spent = tx.spend_of(job.id)
-            hours = money.lease_hours(job, spent, offer.price, self.rules)
-            budget = Budget(
-                per_hour=self.terms.per_hour_limit,
-                per_day=self.terms.per_day_limit,
-                spent_hour=tx.spend_since(now - timedelta(hours=1)),
-                spent_day=tx.spend_since(now - timedelta(days=1)),
-                reserved=tx.reserved(),
-            )
-            reason = money.over_budget(job, spent, offer.price, hours, budget)
-            if reason is not None and not reason.retryable:
-                record.stall(tx, job.id, reason, now, self.rules)
-                return None
+            token = secrets.token_urlsafe(32)
+            lease = self._lease(job, offer, leases, token, spans[offer.id], boots[offer.id], work)
+            book = self._book(tx)
+            reason = self._stopped(book) or brakes.refused(book, self.terms.limits, lease, now)
             if reason is not None:
-                self._explain(tx, job, reason, now)
+                self._explain(tx, job, reason.message, now, hold=True)
                 return None
-            token, leases = secrets.token_urlsafe(32), tx.leases_of(job.id)
-            lease = Lease(
-                # Counted under the job's lock, so that leases sort as they were made.
-                id=f"{job.id}.{len(leases) + 1:03d}",
-                job=job.id,
-                attempt=job.attempt,
-                label=self.terms.label(job),
-                created_at=now,
-                expires_at=now + timedelta(hours=hours),
-                # The token is all that the machine will be given; its hash is all that we keep.
-                token_hash=hashlib.sha256(token.encode()).hexdigest(),
-                token_expires_at=now + self.rules.token,
-                hedge=any(item.open and not item.hedge for item in leases),
-                offer_id=offer.id,
-                machine_id=offer.machine_id,
-                gpu_name=offer.gpu_name,
-                geo=offer.geo,
-                price=offer.price,
-                storage_price=offer.storage_price,
-                download_price=offer.download_price,
-                upload_price=offer.upload_price,
-                bid=offer.bid,
-                vram_gb=offer.vram_gb,
-                disk_gb=offer.disk_gb,
-                download_mbps=offer.download_mbps,
-                boot_s=boots[offer.id],
-                reserved=round(offer.price * hours),
-                due_at=now + CREATE_SPAN,
-                why="a GPU is being rented",
-            )
+            for other in _racing(leases):
+                self._shorten(tx, job, other, lease, closed, leases, now)
             tx.add_lease(lease)
             if not any(item.number == job.attempt for item in tx.list_attempts(job.id)):
                 tx.add_attempt(Attempt(job=job.id, number=job.attempt, created_at=now))
             return lease, token, offer
 
+    def _span(
+        self,
+        job: Job,
+        offer: Offer,
+        work: Workload,
+        leases: Sequence[Lease],
+        closed: int,
+        now: datetime,
+    ) -> timedelta:
+        """How long the job can pay for `offer`."""
+        received, sent = _traffic(work)
+        moved = round((received * offer.download_price + sent * offer.upload_price) / 1e9)
+        remaining, race = money.left(job, closed, leases, now), _race(job, now)
+        return money.span(offer.price, moved, remaining, _racing(leases), race, self.rules)
+
+    def _shorten(
+        self,
+        tx: Transaction,
+        job: Job,
+        lease: Lease,
+        rival: Lease,
+        closed: int,
+        leases: Sequence[Lease],
+        now: datetime,
+    ) -> None:
+        """The machine that `rival` is rented beside leaves it what the race costs."""
+        remaining = money.left(job, closed, leases, now) - money.bandwidth(rival)
+        pays = money.span(lease.price, 0, remaining, [rival], _race(job, now), self.rules)
+        lease = lease.evolve(expires_at=min(lease.expires_at, now + pays))
+        due_at = min(lease.due_at or lease.expires_at, lease.expires_at)
+        tx.save_lease(lease.evolve(reserved=money.worst(lease), due_at=due_at))
+
+    def _lease(
+        self,
+        job: Job,
+        offer: Offer,
+        leases: Sequence[Lease],
+        token: str,
+        span: timedelta,
+        boot_s: float,
+        work: Workload,
+    ) -> Lease:
+        now = self.clock()
+        received, sent = _traffic(work)
+        lease = Lease(
+            # Counted under the job's lock, so that leases sort as they were made.
+            id=f"{job.id}.{len(leases) + 1:03d}",
+            job=job.id,
+            attempt=job.attempt,
+            label=self.terms.label(job),
+            created_at=now,
+            expires_at=now + span,
+            # The token is all that the machine will be given; its hash is all that we keep.
+            token_hash=hashlib.sha256(token.encode()).hexdigest(),
+            token_expires_at=now + self.rules.token,
+            hedge=any(item.open and not item.hedge for item in leases),
+            offer_id=offer.id,
+            machine_id=offer.machine_id,
+            gpu_name=offer.gpu_name,
+            geo=offer.geo,
+            price=offer.price,
+            storage_price=offer.storage_price,
+            download_price=offer.download_price,
+            upload_price=offer.upload_price,
+            bid=offer.bid,
+            vram_gb=offer.vram_gb,
+            disk_gb=job.request.gpu.disk_gb,
+            download_mbps=offer.download_mbps,
+            boot_s=boot_s,
+            received=received,
+            sent=sent,
+            due_at=now + CREATE_SPAN,
+            why="a GPU is being rented",
+        )
+        return lease.evolve(reserved=money.worst(lease))
+
     def _launch(self, lease: Lease, token: str, offer: Offer) -> LaunchSpec:
         return LaunchSpec(
             label=lease.label,
             image=self.terms.image,
-            disk_gb=40.0 if offer.disk_gb >= 40 else offer.disk_gb,
+            disk_gb=lease.disk_gb,
             onstart=self.terms.onstart,
             env={"STOKER_URL": self.terms.public_url, "STOKER_TOKEN": token},
             bid=offer.bid,
@@ -223,8 +292,8 @@ class Renter:
         """Put the id on disk, also when the job was cancelled meanwhile."""
         now = self.clock()
         with self.store.transaction() as tx:
-            lease = rented(tx, tx.lease(lease.id, lock=True), instance_id, now)
             job = tx.job(lease.job, lock=True)
+            lease = rented(tx, tx.lease(lease.id, lock=True), instance_id, now)
             when = record.rfc3339(now)
             search = f"rented {lease.gpu_name} on machine {lease.machine_id} at {when}"
             tx.save_job(_with_search(job, search).evolve(due_at=self._next_look(job, lease)))
@@ -242,7 +311,8 @@ class Renter:
             if error.instance_id:
                 # Refused, and yet an instance was named: it may be billing.
                 changes = {"instance_id": error.instance_id, "rented_at": now, "due_at": now}
-                tx.save_lease(lease.to(LeaseStatus.RELEASING, why=str(error), **changes))
+                changes |= {"releasing_at": now, "why": f"refused: {error}"}
+                tx.save_lease(lease.to(LeaseStatus.RELEASING, **changes))
             elif lease.open:
                 closed = {"released_at": now, "due_at": None, "why": f"refused: {error}"}
                 tx.save_lease(lease.to(LeaseStatus.RELEASED, **closed))
@@ -257,22 +327,49 @@ class Renter:
             why = f"the create call had no clear answer: {error}"
             tx.save_lease(lease.evolve(instance_id=known, due_at=now, why=why))
 
-    def _wait(self, job_id: str, why: str, *, pause: float | None = None) -> None:
+    def _wait(
+        self, job_id: str, why: str, *, pause: float | None = None, hold: bool = False
+    ) -> None:
         now = self.clock()
         with self.store.transaction() as tx:
             job = tx.job(job_id, lock=True)
             if self._wanted(tx, job):
-                self._explain(tx, job, Reason(code="gpu.none", message=why), now, pause=pause)
+                self._explain(tx, job, why, now, pause=pause, hold=hold)
 
     def _explain(
-        self, tx: Transaction, job: Job, reason: Reason, now: datetime, pause: float | None = None
+        self,
+        tx: Transaction,
+        job: Job,
+        why: str,
+        now: datetime,
+        *,
+        pause: float | None = None,
+        hold: bool = False,
     ) -> None:
-        """Say on the job why there is no GPU yet, and when we look again."""
+        """Say on the job why there is no GPU yet, and when we look again. With `hold` its
+        deadline waits too: where nobody may rent, another attempt would fare no better."""
         span = self.rules.offer_pause if pause is None else timedelta(seconds=pause)
         again = now + span
+        if hold:
+            job = job.evolve(deadline_at=now + self.rules.deadlines[Status.PENDING_GPU])
         if job.deadline_at is not None:
             again = min(again, job.deadline_at)
-        tx.save_job(_with_search(job, reason.message).evolve(due_at=again))
+        tx.save_job(_with_search(job, why).evolve(due_at=again))
+
+
+def _traffic(work: Workload) -> tuple[int, int]:
+    """Bytes that a machine is expected to receive, and to send."""
+    return work.image_bytes + work.base_bytes + work.dataset_bytes, work.output_bytes
+
+
+def _racing(leases: Sequence[Lease]) -> list[Lease]:
+    """The machines beside which another is rented, until one of them is ready."""
+    return [item for item in leases if item.open and item.status is not LeaseStatus.RELEASING]
+
+
+def _race(job: Job, now: datetime) -> timedelta:
+    """How long two machines of an attempt can be held at most: until the job stalls."""
+    return max(timedelta(0), job.deadline_at - now) if job.deadline_at else timedelta(0)
 
 
 def rented(tx: Transaction, lease: Lease, instance_id: str, now: datetime) -> Lease:
@@ -282,7 +379,8 @@ def rented(tx: Transaction, lease: Lease, instance_id: str, now: datetime) -> Le
         lease = lease.evolve(**changes, due_at=now, tries=0, absent=0)
     else:
         why = "its job is running on it"
-        lease = lease.to(LeaseStatus.RENTED, **changes, due_at=lease.expires_at, why=why)
+        due_at = renting.last_words_at(lease, now)
+        lease = lease.to(LeaseStatus.RENTED, **changes, due_at=due_at, why=why)
     tx.save_lease(lease)
     return lease
 

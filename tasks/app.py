@@ -80,8 +80,8 @@ def terms(have: Services) -> Terms:
         image=settings.agent_image,
         public_url=settings.public_url,
         onstart=have.onstart,
-        per_hour_limit=settings.per_hour_limit,
-        per_day_limit=settings.per_day_limit,
+        image_bytes=settings.image_bytes,
+        limits=settings.limits,
         kill_switch=settings.kill_switch,
     )
 
@@ -95,7 +95,12 @@ def renter() -> Renter:
 @cache
 def keeper() -> Keeper:
     have = services()
-    return Keeper(store=have.store, provider=have.provider, clock=have.clock)
+    return Keeper(
+        store=have.store,
+        provider=have.provider,
+        clock=have.clock,
+        image_bytes=have.settings.image_bytes,
+    )
 
 
 @cache

@@ -27,6 +27,7 @@ from orchestrator.cli.client import Client
 from orchestrator.cli.console import CliError
 from orchestrator.cli.processes import program, programs
 from orchestrator.cli.servers import make_key, prepare
+from state.money import NO_LIMITS
 
 #: The tiny base: its version at the Civitai sandbox.
 TINY_BASE = "civitai:1"
@@ -110,8 +111,7 @@ class Stage:
             private_webhooks=True,
             private_bases=not self.own_base,
             vast_pace=0.0,
-            per_hour_limit=0,
-            per_day_limit=0,
+            limits=NO_LIMITS,
             kill_switch=False,
         )
 

@@ -360,4 +360,4 @@ def test_any_environment_is_settings_or_their_error(env: dict[str, str]) -> None
         for number in (read.vast_pace, read.lease_hours, read.retention_days):
             assert math.isfinite(number)
             assert number >= 0
-        assert read.per_hour_limit >= 0, "a limit below nothing would be none"
+        assert read.limits.per_hour >= 0, "a limit below nothing would be none"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
 from infra.settings import Settings, SettingsError
 from state.events import Secret
+from state.money import Limits
 
 NUMBERS = [
     "STOKER_VAST_PACE",
@@ -30,6 +32,11 @@ def other(value):
         return Path("/somewhere/else")
     if isinstance(value, Secret):
         return Secret("sw0rdfish")
+    if isinstance(value, timedelta):
+        return value + timedelta(hours=2)
+    if isinstance(value, Limits):
+        fields = dataclasses.fields(Limits)
+        return Limits(**{field.name: other(getattr(value, field.name)) for field in fields})
     if isinstance(value, tuple):
         return (Secret("sw0rdfish-new"), Secret("sw0rdfish-old"))
     return value + "-other"

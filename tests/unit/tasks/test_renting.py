@@ -14,6 +14,7 @@ from state import ranking, record
 from state.errors import AccountFault, OfferGone, Refused, Throttled, Unknown, Unreadable
 from state.job import GpuNeeds, Reason, Status
 from state.lease import LeaseStatus
+from state.money import Limits
 from tasks.deallocate import sweep
 
 
@@ -276,7 +277,7 @@ def test_a_job_that_has_spent_its_cap_fails_instead_of_waiting(world: Any) -> No
 
 
 def test_a_spent_budget_of_the_hour_stops_the_next_rental(world: Any) -> None:
-    world.terms = dataclasses.replace(world.terms, per_hour_limit=1_000_000)
+    world.terms = dataclasses.replace(world.terms, limits=Limits(per_hour=850_000))
     world.add_job(max_cost=900_000)
     world.add_job("job_2", max_cost=900_000)
     assert world.renter.allocate("job_1") is not None

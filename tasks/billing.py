@@ -1,0 +1,50 @@
+"""What the market charged for a machine that is gone, asked until its invoices can be complete."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+
+import structlog
+
+from infra.provider import Provider
+from state import money
+from state.errors import ProviderError
+from state.lease import Lease
+from state.store import Store
+
+#: How long after a lease's end the market is asked what it charged. Invoices lag; the last answer
+#: is final.
+ASKS = (timedelta(minutes=5), timedelta(hours=6), timedelta(hours=24))
+#: Until then an answer that cannot be read is asked for again, so often.
+PATIENCE, AGAIN = timedelta(hours=48), timedelta(minutes=10)
+_log = structlog.get_logger()
+
+
+def settle(store: Store, provider: Provider, leases: Sequence[Lease], now: datetime) -> None:
+    """Record what was charged for those of `leases` that are over and due. An answer that cannot
+    be read changes nothing."""
+    due = [lease for lease in leases if lease.released_at and lease.due_at and lease.rented_at]
+    if not due:
+        return
+    since = min(lease.created_at for lease in due)
+    try:
+        charged = provider.charges([lease.label for lease in due], since)
+    except ProviderError as error:
+        _log.warning("the market's charges could not be read", error=str(error))
+        with store.transaction() as tx:
+            for lease in due:
+                row = tx.lease(lease.id, lock=True)
+                given_up = now - (row.released_at or now) > PATIENCE
+                tx.save_lease(row.evolve(due_at=None if given_up else now + AGAIN))
+        return
+    with store.transaction() as tx:
+        for lease in due:
+            row = tx.lease(lease.id, lock=True)
+            tries = row.tries + 1
+            again = (row.released_at or now) + ASKS[tries] if tries < len(ASKS) else None
+            billed = charged.get(row.label, row.billed)
+            row = row.evolve(billed=billed, tries=tries, due_at=again)
+            tx.save_lease(row)
+            at, amount = row.released_at or now, money.spent(row, now)
+            tx.add_spend(lease=row.id, job=row.job, at=at, amount=amount)
