@@ -43,6 +43,7 @@ class Market(Life):
         self._random = random.Random(seed)
         self._next_id = 20_000_000 + self._random.randrange(1_000_000)
         self.hosts = {host.machine_id: host for host in hosts or seeded(seed)}
+        self._first = dict(self.hosts)
         #: One ask per free host: ask id to machine id.
         self.asks: dict[int, int] = {self._number(): machine for machine in self.hosts}
 
@@ -61,9 +62,10 @@ class Market(Life):
         return found[: min(max(limit, 0), SEARCH_CAP)]
 
     def reprice(self, machine: int, factor: float) -> None:
-        """Another price for whoever rents it from now on; the offers shown are the old ones."""
+        """`factor` times its first price for whoever rents it from now on; the offers shown are
+        the old ones."""
         with self.lock:
-            host = self.hosts[machine]
+            host = self._first[machine]
             self.hosts[machine] = dataclasses.replace(
                 host,
                 dph_base=round(host.dph_base * factor, 6),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import pytest
 import requests
 
 from infra.provider import LaunchSpec
-from infra.sandbox.faults import Fault, HostFault
+from infra.sandbox.faults import Fault, HostFault, any_trouble, profile
 from infra.sandbox.server import Sandbox, running_sandbox
 from infra.vast import VastProvider
 from state.errors import (
@@ -406,3 +407,32 @@ def test_an_outbid_machine_has_ended_and_a_lost_one_is_lost(opened: Callable[...
             break
         assert time.monotonic() < deadline, phases
         time.sleep(0.05)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_in_hell_what_our_adapter_says_of_a_create_is_true(
+    opened: Callable[..., Client], spec: LaunchSpec, seed: int
+) -> None:
+    calls = [fault for fault in profile("hell") if isinstance(fault, Fault)]
+    client = opened(*calls, *any_trouble(0.3), seed=seed, time_scale=50)
+    vast, market = provider(client), client.sandbox.market
+    outcomes = set()
+    for count in range(80):
+        label = f"test/job/{count}"
+        with contextlib.suppress(ProviderError):
+            (offer, *_) = vast.offers(GpuNeeds())
+            number, error = None, None
+            try:
+                number = vast.create(offer, dataclasses.replace(spec, label=label))
+            except ProviderError as raised:
+                number, error = raised.instance_id, raised
+            made = [item.id for item in list(market.contracts.values()) if item.label == label]
+            outcomes.add(type(error))
+            if number is not None:
+                assert made == [int(number)]
+            elif isinstance(error, Refused):
+                assert made == [], error
+            for item in made:
+                market.destroy(item)
+        market.settle()
+    assert {type(None), Unknown, OfferGone} <= outcomes
