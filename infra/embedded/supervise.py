@@ -11,8 +11,8 @@ on stdout:
 The end of stdin is the order to stop everything, and it is given by the kernel however Stoker
 died. `stop` names the signal by which a server ends in good order; after `PATIENCE_S` comes
 SIGKILL. Against a SIGKILL of this process itself the servers carry a parent-death signal (Linux).
-A server that ends unasked is started again, after a second, and whatever it left of its process
-group is killed first.
+A server that ends unasked is started again, after a second and until that succeeds, and whatever it
+left of its process group is killed first.
 
 Some servers refuse to be root. `user` then names the account to become; where that account may
 not enter the directories on the way to the files (a home directory, say), it keeps the one
@@ -87,6 +87,8 @@ class Child:
     spec: dict[str, Any]
     process: subprocess.Popen[bytes] | None = None
     again_at: float | None = None
+    #: It could be started before.
+    ran: bool = False
 
     @property
     def stop_signal(self) -> int:
@@ -122,8 +124,12 @@ class Supervisor:
                 )
         except (OSError, subprocess.SubprocessError) as exc:
             say(name=spec["name"], event="ended", code=127, error=str(exc))
-            self.children.pop(spec["name"], None)
+            if child.ran:  # it will be possible again: a disk or a process table was full
+                child.again_at = time.monotonic() + RESTART_AFTER_S
+            else:
+                self.children.pop(spec["name"], None)
             return
+        child.ran = True
         say(name=spec["name"], event="started", pid=child.process.pid)
 
     def look(self) -> None:

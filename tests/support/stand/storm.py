@@ -56,8 +56,8 @@ VICTIMS: Mapping[str, int] = {
     "redis": 8, "s3": 8, "beat": 6, "agent": 12, "trainer": 6, "machine": 3, "market": 2,
     "everything": 3,
 }  # fmt: skip
-#: Those whose loss a job needs more than a minute to get over: not in a short run.
-SLOW = frozenset({"machine", "market"})
+#: What a job needs about a minute to get over: not in a short run.
+SLOW = frozenset({"machine", "market", "sleep"})
 #: Troubles beside a kill, by what they are done to.
 TROUBLES: Mapping[str, tuple[str, ...]] = {
     "stop": (
@@ -69,10 +69,13 @@ TROUBLES: Mapping[str, tuple[str, ...]] = {
     "slow": ("postgresql", "redis", "s3", "market"),
     "lose": ("web",),
     "full": ("postgresql", "redis", "s3", "agent", "worker", "web"),
+    "sleep": ("agent",),
 }  # fmt: skip
 #: One round in so many has a trouble beside its kill.
 TROUBLE_EVERY = 3
 TROUBLE_S = (0.5, 5.0)
+#: An agent that sleeps for so long was given up, and wakes beside its successor.
+SLEEP_S = 60.0
 #: Of a piece on a slow line.
 DELAY_S = 0.1
 
@@ -167,6 +170,7 @@ class Storm:
         self._market_port = free_port()
         self._market_keys = (secrets.token_hex(16), secrets.token_hex(16))
         self.ledger = Ledger(f"http://127.0.0.1:{self._market_port}", self._market_keys[0])
+        self._asleep: list[tuple[float, Callable[[], None]]] = []
         self._calm = threading.Event()
         self._dataset = ""
 
@@ -335,15 +339,19 @@ class Storm:
     def round(self, number: int, *, short: bool) -> None:
         """One SIGKILL at some moment, perhaps amid another trouble; returns when all is well."""
         dice = self._dice
+        self.wake(time.monotonic())
         time.sleep(dice.uniform(0.0, 1.5))
         heal: Callable[[], None] | None = None
         lasts = 0.0
         if number % TROUBLE_EVERY == 0:
-            what = dice.choice(list(TROUBLES))
+            what = dice.choice([name for name in TROUBLES if not (short and name in SLOW)])
             whom = dice.choice(TROUBLES[what])
             lasts = dice.uniform(*TROUBLE_S)
             self._say(f"round {number}: {what} {whom} for {lasts:.1f} s")
             heal = self._begin(what, whom)
+            if what == "sleep":  # not waited for
+                self._asleep.append((time.monotonic() + SLEEP_S, heal))
+                heal, lasts = None, 0.0
         began = time.monotonic()
         time.sleep(dice.uniform(0.0, lasts))
         victim, gone = self._kill(short=short)
@@ -359,6 +367,13 @@ class Storm:
         took = time.monotonic() - killed_at
         self._say(f"round {number}: all is well after {took:.1f} s")
         self.slowest[victim] = max(took, self.slowest.get(victim, 0.0))
+
+    def wake(self, now: float = float("inf")) -> None:
+        """Wake the agents that have slept for long enough by `now`; else all."""
+        due = [wake for until_s, wake in self._asleep if until_s <= now]
+        self._asleep = [item for item in self._asleep if item[0] > now]
+        for wake in due:
+            wake()
 
     def _say(self, words: str) -> None:
         print(f"{datetime.now(UTC):%H:%M:%S.%f} {words}")  # noqa: T201 -- shown with a failure
@@ -391,7 +406,7 @@ class Storm:
             return _hurt(self.links[whom], what)
         pids = sorted(self.pids(whom))
         group = frozenset(pids[:1]).union(*(descendants(pid) for pid in pids[:1]))
-        if what == "stop":
+        if what in ("stop", "sleep"):
             _signal(group, signal.SIGSTOP)
             return lambda: _signal(group, signal.SIGCONT)
         _limit(group, full=True)
@@ -446,6 +461,7 @@ class Storm:
 
     def until_all_ended(self, seconds: float) -> None:
         """Every job ended, every machine given back, every webhook delivered."""
+        self.wake()
 
         def settled() -> bool:
             jobs = self.jobs()
