@@ -42,6 +42,7 @@ class Policy:
             shortest length that it was ever believed to have, and a grace, will not end well.
         boot_stuck: a boot of which the market says the same for so long is stuck.
         boot_retrying: the same for a download of the image that is tried again and again.
+        last_resort: a job that found nothing for so long takes machines that failed others.
         lost: how long a host may be out of the market's sight before its agent was heard.
     """
 
@@ -78,6 +79,7 @@ class Policy:
     slip_grace: timedelta = timedelta(minutes=10)
     boot_stuck: timedelta = timedelta(minutes=5)
     boot_retrying: timedelta = timedelta(minutes=2)
+    last_resort: timedelta = timedelta(minutes=5)
     lost: timedelta = timedelta(minutes=2)
 
 
@@ -231,7 +233,7 @@ def next_look(job: Job, policy: Policy = DEFAULT, since: datetime = ALWAYS) -> d
 
 
 def _overdue(job: Job, policy: Policy) -> Reason:
-    allowed = _words(policy.deadlines[job.status])
+    allowed = words(policy.deadlines[job.status])
     explained = job.progress.get("gpu_search")
     why = f": {explained}" if job.status is Status.PENDING_GPU and explained else ""
     return Reason(
@@ -243,14 +245,14 @@ def _overdue(job: Job, policy: Policy) -> Reason:
 
 
 def _silent(job: Job, now: datetime) -> Reason:
-    unheard = _words(now - (job.last_heard_at or now))
+    unheard = words(now - (job.last_heard_at or now))
     _, where = progress.place(job)
     return Reason(code="agent.silent", message=f"the agent was not heard for {unheard}, at {where}")
 
 
 def _frozen(job: Job, now: datetime) -> Reason:
     what, where = progress.place(job)
-    stood = _words(now - (job.moved_at or now))
+    stood = words(now - (job.moved_at or now))
     return Reason(code=f"{job.status}.frozen", message=f"no {what} for {stood} at {where}")
 
 
@@ -258,11 +260,12 @@ def _slowing(job: Job) -> Reason:
     outlook, began = job.progress["outlook"], job.entered_at.timestamp()
     _, where = progress.place(job)
     lasts, believed = (timedelta(seconds=outlook[key] - began) for key in ("finish", "best"))
-    words = f"at {where} the training looks like {_words(lasts)}; once it looked like "
-    return Reason(code="training.slowing", message=words + _words(believed))
+    message = f"at {where} training looks like {words(lasts)}, once like {words(believed)}"
+    return Reason(code="training.slowing", message=message)
 
 
-def _words(span: timedelta) -> str:
+def words(span: timedelta) -> str:
+    """A time for people."""
     seconds = int(span.total_seconds())
     if seconds < 120:
         return f"{seconds} s"

@@ -1,15 +1,22 @@
-"""Which offer a job takes: the one on which the *finished* job costs least."""
+"""Which offer a job takes: the one on which the *finished* job is expected to cost least.
+
+What we measured goes before what is promised, what is promised before our guesses.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from datetime import datetime
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from statistics import fmean
 
 from gpu_agent.wire import Recipe
+from state import hosts as memory
 from state import policy
 from state.events import HostRecord
 from state.job import GpuNeeds, JobRequest
+from state.money import dollars
 from state.offer import Offer
 from state.policy import Policy
 
@@ -44,6 +51,8 @@ class Workload:
     output_bytes: int = 200_000_000
     training_s: float = 900.0
     boot_s: float = 120.0
+    #: What is lost of the training when a machine goes, at most.
+    checkpoint_s: float = 120.0
 
 
 #: Guessed seconds on an RTX 4090 for one image of 512 px, forward and back.
@@ -60,7 +69,59 @@ def workload(request: JobRequest, dataset_bytes: int) -> Workload:
     recipe = Recipe.from_dict(request.recipe)
     images = recipe.steps * recipe.batch_size * recipe.gradient_accumulation
     seconds = images * SECONDS_PER_IMAGE * (recipe.resolution / 512) ** 2
-    return Workload(dataset_bytes=dataset_bytes, training_s=SECONDS_AROUND + seconds)
+    training_s = SECONDS_AROUND + seconds
+    return Workload(
+        dataset_bytes=dataset_bytes,
+        training_s=training_s,
+        checkpoint_s=min(training_s, recipe.checkpoint_s or training_s),
+    )
+
+
+#: A bid is lost so often per hour. A guess: a public test of five runs lost four, each in hours.
+INTERRUPTIONS_PER_HOUR = 0.3
+#: Never less than this chance, or the expected number of tries has no end.
+LEAST_CHANCE = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class Knowledge:
+    """What is known of hosts, for ranking: their records, and how fast each GPU was seen to be.
+
+    Attributes:
+        speeds: by GPU model, beside an RTX 4090 that trains as fast as we guess.
+        usual: how fast GPUs are beside our table, where only others of them were seen.
+    """
+
+    hosts: Mapping[str, HostRecord] = field(default_factory=dict)
+    speeds: Mapping[str, float] = field(default_factory=dict)
+    usual: float = 1.0
+
+    @classmethod
+    def of(cls, hosts: Iterable[HostRecord]) -> Knowledge:
+        known = {host.machine_id: host for host in hosts}
+        seen: dict[str, list[float]] = {}
+        for host in known.values():
+            if host.steps_per_s and host.gpu_name:
+                seen.setdefault(host.gpu_name, []).append(host.steps_per_s * SECONDS_PER_IMAGE)
+        speeds = {name: fmean(values) for name, values in seen.items()}
+        ratios = [speed / _tabulated(name) for name, speed in speeds.items()]
+        return cls(hosts=known, speeds=speeds, usual=fmean(ratios) if ratios else 1.0)
+
+    def speed(self, offer: Offer) -> float:
+        """Of the machine itself, else of others with its GPU, else by the table."""
+        host = self.hosts.get(offer.machine_id)
+        if host and host.steps_per_s and host.gpu_name == offer.gpu_name:
+            return host.steps_per_s * SECONDS_PER_IMAGE
+        return self.speeds.get(offer.gpu_name) or self.usual * _tabulated(offer.gpu_name)
+
+    def download_mbps(self, offer: Offer) -> float:
+        """The smaller of what is promised and what we saw."""
+        host, promised = self.hosts.get(offer.machine_id), offer.download_mbps or 1.0
+        return min(promised, host.download_mbps) if host and host.download_mbps else promised
+
+
+def _tabulated(gpu_name: str) -> float:
+    return GPU_SPEED.get(gpu_name, UNKNOWN_GPU_SPEED)
 
 
 def boot_s(work: Workload, host: HostRecord | None = None) -> float:
@@ -68,55 +129,128 @@ def boot_s(work: Workload, host: HostRecord | None = None) -> float:
     return host.boot_s if host and host.boot_s else work.boot_s
 
 
-def expected_cost(offer: Offer, work: Workload, host: HostRecord | None = None) -> float:
-    """Micro-USD for a *finished* job on `offer`.
+@dataclass(frozen=True, kw_only=True)
+class Expectation:
+    """What a finished job on an offer comes to: seconds, micro-USD; `chance` that the machine
+    sees it through, `lost` how many attempts are lost until one does."""
 
-    Time is boot, download (at the smaller of what is promised and what we measured) and training
-    at the GPU's speed; money is that time at the hourly price plus bandwidth; the whole is divided
-    by the chance that the machine sees it through (its reliability, lowered by our own record
-    with one good and one bad outcome assumed beforehand).
+    boot_s: float
+    download_s: float
+    training_s: float
+    chance: float
+    lost: float
+    cost: float
+
+
+def expect(
+    offer: Offer, work: Workload, known: Knowledge, now: datetime | None = None
+) -> Expectation:
+    """Time is boot, download and training; money is that time at the hourly price, plus bandwidth.
+    Each attempt that is lost on the way costs its boot, its downloads and at most what was
+    trained since the last checkpoint once more. Attempts are lost by hosts that fail (by their
+    reliability and their record with us) and, for a bid, by higher ones.
     """
+    host = known.hosts.get(offer.machine_id)
     incoming = work.image_bytes + work.base_bytes + work.dataset_bytes
-    promised = offer.download_mbps or 1.0
-    rate = min(promised, host.download_mbps) if host and host.download_mbps else promised
-    download_s = incoming * 8 / (rate * 1e6)
-    speed = GPU_SPEED.get(offer.gpu_name, UNKNOWN_GPU_SPEED)
-    hours = (boot_s(work, host) + download_s + work.training_s / speed) / 3600
-    money = (
-        hours * offer.price
-        + incoming / 1e9 * offer.download_price
-        + work.output_bytes / 1e9 * offer.upload_price
+    boot, download_s = boot_s(work, host), incoming * 8 / (known.download_mbps(offer) * 1e6)
+    speed = known.speed(offer)
+    training_s = work.training_s / speed
+    hours = (boot + download_s + training_s) / 3600
+    traffic = incoming / 1e9 * offer.download_price
+    money = hours * offer.price + traffic + work.output_bytes / 1e9 * offer.upload_price
+    again_s = boot + download_s + min(work.checkpoint_s, training_s)
+    chance = max(LEAST_CHANCE, offer.reliability * memory.standing(host, now).chance)
+    lost = (1 - chance) / chance + (INTERRUPTIONS_PER_HOUR * hours if offer.bid else 0.0)
+    return Expectation(
+        boot_s=boot,
+        download_s=download_s,
+        training_s=training_s,
+        chance=chance,
+        lost=lost,
+        cost=money + lost * (again_s / 3600 * offer.price + traffic),
     )
-    chance = max(0.05, offer.reliability)
-    if host:
-        chance *= (host.good + 1) / (host.good + host.bad + 1)
-    return money / chance
 
 
-def rank(
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """Offers by the expected cost of the finished job, cheapest first, and why others are none:
+    how many by reason."""
+
+    ranked: tuple[tuple[Offer, Expectation], ...] = ()
+    refused: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def offers(self) -> list[Offer]:
+        return [offer for offer, _ in self.ranked]
+
+    def explain(self, taken: Offer | None = None) -> str:
+        """Why this offer (the first, if none is named), beside the next one; why not the others."""
+        rows = [row for row in self.ranked if taken is None or row[0].id == taken.id]
+        words = ["no offer is fit" if not rows else _because(*rows[0])]
+        after = next((row for row in self.ranked if rows and row[0].id != rows[0][0].id), None)
+        if after is not None:
+            offer, expected = after
+            next_best = f"{offer.gpu_name} on {offer.machine_id}"
+            words.append(f"the next is {next_best} at {dollars(round(expected.cost))}")
+        if self.refused:
+            counted = sorted(self.refused.items(), key=lambda item: (-item[1], item[0]))
+            refused = ", ".join(f"{number} {reason}" for reason, number in counted)
+            words.append(f"refused: {refused}")
+        return "; ".join(words)
+
+
+def _because(offer: Offer, expected: Expectation) -> str:
+    how = "by bid" if offer.bid else "on demand"
+    times = (
+        f"boot {expected.boot_s:.0f} s, download {expected.download_s:.0f} s, "
+        f"training {expected.training_s:.0f} s"
+    )
+    return (
+        f"{offer.gpu_name} on {offer.machine_id} {how} at {dollars(offer.price)}/h: the finished "
+        f"job is expected to cost {dollars(round(expected.cost))} ({times}, "
+        f"{100 * expected.chance:.0f} % sure)"
+    )
+
+
+def choose(
     offers: Sequence[Offer],
     work: Workload,
     *,
-    excluded: Sequence[str] = (),
-    hosts: Mapping[str, HostRecord] | None = None,
-    now: datetime | None = None,
+    excluded: Collection[str] = (),
+    hosts: Iterable[HostRecord] = (),
+    now: datetime,
+    waited: timedelta = timedelta(),
     rules: Policy = policy.DEFAULT,
-) -> list[Offer]:
-    """`offers` by expected cost of the finished job, without excluded and just-failed machines."""
-    hosts = hosts or {}
-
-    def usable(offer: Offer) -> bool:
+) -> Choice:
+    """Which of `offers` a job that has `waited` may take, in which order. `excluded` are machines
+    that failed it before, or that it has already. Where nothing else is left, machines that failed
+    others lately are better than none."""
+    known = Knowledge.of(hosts)
+    ranked: list[tuple[Offer, Expectation]] = []
+    doubtful: list[tuple[Offer, Expectation]] = []
+    refused: Counter[str] = Counter()
+    for offer in offers:
+        expected = expect(offer, work, known, now)
+        lasts_s = expected.boot_s + expected.download_s + expected.training_s
+        shunned = memory.shunned(known.hosts.get(offer.machine_id), now, rules)
         if offer.machine_id in excluded:
-            return False
-        record = hosts.get(offer.machine_id)
-        if record is None or record.last_failed_at is None or now is None:
-            return True
-        return record.good > record.bad or now - record.last_failed_at > rules.host_penalty
+            refused["failed this job before or are tried for it now"] += 1
+        elif shunned and shunned != memory.FAILED_LATELY:
+            refused[shunned] += 1
+        elif offer.duration_s and offer.duration_s < ENDS_TOO_SOON * lasts_s:
+            refused["end before the job would"] += 1
+        else:
+            (doubtful if shunned else ranked).append((offer, expected))
+    if not ranked and waited >= rules.last_resort:
+        ranked = doubtful
+    elif doubtful:
+        refused[memory.FAILED_LATELY] += len(doubtful)
+    ranked.sort(key=lambda row: (row[1].cost, row[0].id))
+    return Choice(ranked=tuple(ranked), refused=dict(refused))
 
-    kept = [offer for offer in offers if usable(offer)]
-    return sorted(
-        kept, key=lambda offer: (expected_cost(offer, work, hosts.get(offer.machine_id)), offer.id)
-    )
+
+#: A contract must last so many times longer than the job is expected to.
+ENDS_TOO_SOON = 1.5
 
 
 def unmet(offer: Offer, needs: GpuNeeds) -> str | None:

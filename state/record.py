@@ -7,7 +7,6 @@ the job no longer needs, and the time at which somebody must look again.
 
 from __future__ import annotations
 
-import dataclasses
 import enum
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from gpu_agent.wire import Fact, Order, Report
-from state import machine, policy, progress
+from state import hosts, machine, policy, progress
 from state.errors import AttemptOver, Conflict, IllegalMove, NotFound, TokenRefused
 from state.events import (
     Attempt,
@@ -49,6 +48,7 @@ OUTBID = "host.outbid"
 #: Reasons that say nothing against the machine on which they happened …
 NOT_THE_HOSTS_FAULT = (
     *("dataset.", "model.", "image.", "recipe.", "training.", "budget.", "account.", "pending."),
+    "lease.",
     OUTBID,
 )
 #: … and those of their kind that do.
@@ -181,6 +181,8 @@ class _Pen:
             if lease.open and lease.status is not LeaseStatus.RELEASING and lease.id != but:
                 self.let_go(lease, why)
                 self.wake(job, "deallocate")
+                if why == LOST_RACE and lease.machine_id:
+                    self.tx.save_host(hosts.outrun(_host(self.tx, lease), lease, self.now))
 
     def let_go(self, lease: Lease, why: str) -> None:
         """This machine must go."""
@@ -189,11 +191,10 @@ class _Pen:
 
     def stall(self, job: Job, reason: Reason) -> Job:
         """Stall, and fail at once when no retry will come."""
-        if reason.code == OUTBID:
+        if reason.code == OUTBID or reason.code.startswith("account."):
             job = job.evolve(interruptions=job.interruptions + 1)
         again = policy.retry_at(job, reason, self.now, self.rules)
-        lease = _lease_of(self.tx, job)
-        if lease is not None:
+        for lease in _machines_of(self.tx, job):
             job = self.blame(job, lease, reason)
         job, steps = machine.move(job, Move.STALL, self.now, reason=reason, retry_at=again)
         job = self.passed(job, steps)
@@ -206,8 +207,9 @@ class _Pen:
         """Remember what happened on a machine, if it says something against that machine."""
         if not _blames_host(reason) or not lease.machine_id:
             return job
-        _remember_bad(self.tx, lease.machine_id, self.now, reason.code)
-        return job.evolve(excluded_machines=(*job.excluded_machines, lease.machine_id))
+        self.tx.save_host(hosts.failed(_host(self.tx, lease), lease, job, reason, self.now))
+        others = (item for item in job.excluded_machines if item != lease.machine_id)
+        return job.evolve(excluded_machines=(*others, lease.machine_id))
 
     def flush(self, jobs: Iterable[Job]) -> None:
         self.tx.save_jobs(list(jobs))
@@ -221,29 +223,17 @@ def _blames_host(reason: Reason) -> bool:
     return reason.code in THE_HOSTS_FAULT or not reason.code.startswith(NOT_THE_HOSTS_FAULT)
 
 
-def _lease_of(tx: Transaction, job: Job) -> Lease | None:
-    """The lease whose agent has the job's present attempt, else the latest of the attempt."""
-    leases = [lease for lease in tx.leases_of(job.id) if lease.attempt == job.attempt]
-    latest = leases[-1] if leases else None
-    return next((lease for lease in leases if lease.id == job.lease), latest)
+def _machines_of(tx: Transaction, job: Job) -> list[Lease]:
+    """Whose fault it may be when the present attempt fails: the machine that has it, or all that
+    are booting for it."""
+    leases = (lease for lease in tx.leases_of(job.id) if lease.attempt == job.attempt)
+    if job.lease:
+        return [lease for lease in leases if lease.id == job.lease]
+    return [lease for lease in leases if lease.status is LeaseStatus.RENTED]
 
 
-def _remember_bad(tx: Transaction, machine_id: str, now: datetime, why: str) -> None:
-    known = tx.host(machine_id) or HostRecord(machine_id=machine_id)
-    bad = known.bad + 1
-    tx.save_host(dataclasses.replace(known, bad=bad, last_failed_at=now, last_reason=why))
-
-
-def _remember_good(tx: Transaction, lease: Lease, job: Job) -> None:
-    """A finished job: what the machine took to boot, and how fast it trained."""
-    known = tx.host(lease.machine_id) or HostRecord(machine_id=lease.machine_id)
-    boot_s = known.boot_s
-    if lease.rented_at and lease.ready_at:
-        boot_s = (lease.ready_at - lease.rented_at).total_seconds()
-    speed = job.progress.get("training", {}).get("steps_per_s")
-    steps_per_s = float(speed) if isinstance(speed, int | float) else known.steps_per_s
-    good = known.good + 1
-    tx.save_host(dataclasses.replace(known, good=good, boot_s=boot_s, steps_per_s=steps_per_s))
+def _host(tx: Transaction, lease: Lease) -> HostRecord:
+    return tx.host(lease.machine_id) or HostRecord(machine_id=lease.machine_id)
 
 
 # --- the agent's reports ----------------------------------------------------------------------
@@ -395,7 +385,8 @@ def admit(
     if seen.again and seen.attempt.secret is not None:
         return seen.attempt.secret
     tx.save_attempt(seen.attempt.evolve(nonce=nonce, hello_at=now, secret=secret))
-    tx.save_lease(seen.lease.evolve(ready_at=now))
+    running_at = seen.lease.running_at or now
+    tx.save_lease(seen.lease.evolve(ready_at=now, running_at=running_at))
     pen = _Pen(tx, now, rules)
     job = seen.job.evolve(lease=seen.lease.id, last_heard_at=now, moved_at=now)
     job = pen.note(job, "agent.hello", {"lease": seen.lease.id, "machine": dict(machine or {})})
@@ -432,8 +423,8 @@ def machine_failed(
 ) -> Job | None:
     """The machine of a lease will not do its job: the job as it is now, None when nothing changed.
 
-    Before its agent said hello another machine is tried within the same attempt; after that, and
-    when the attempt has tried enough machines, the job stalls.
+    Before its agent said hello another machine is tried within the same attempt; after that, when
+    no machine would do, and when the attempt has tried enough of them, the job stalls.
     """
     try:
         job = tx.job(tx.lease(lease_id).job, lock=True)
@@ -448,7 +439,7 @@ def machine_failed(
     leases = (item for item in tx.leases_of(job.id) if item.attempt == job.attempt)
     tried = [item for item in leases if item.rented_at]
     alone = not any(item.open and item.id != lease.id for item in tried)
-    if job.lease or (alone and len(tried) >= rules.machines):
+    if job.lease or not reason.retryable or (alone and len(tried) >= rules.machines):
         if policy.to_verify(job):
             return None
         job = pen.stall(job, reason)
@@ -556,9 +547,9 @@ def verified(
     pen = _Pen(tx, now, rules)
     job, steps = machine.move(job, Move.WEIGHTS_VERIFIED, now)
     job = pen.passed(job, steps)
-    lease = _lease_of(tx, job)
+    lease = next(iter(_machines_of(tx, job)), None)
     if job.status is Status.COMPLETED and lease is not None:
-        _remember_good(tx, lease, job)
+        tx.save_host(hosts.finished(_host(tx, lease), lease, job, now))
     pen.flush([job])
     return job
 

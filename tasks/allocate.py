@@ -30,7 +30,7 @@ from state.lease import Lease, LeaseStatus
 from state.money import Limits
 from state.offer import Offer
 from state.policy import Policy
-from state.ranking import Workload
+from state.ranking import Choice, Workload
 from state.store import Store, Transaction
 
 #: How many offers one pass may try: each is one create call that was clearly refused.
@@ -83,7 +83,7 @@ class Renter:
             leases = tx.leases_of(job.id)
             if not renting.wanted(job, leases, self.clock(), self.rules):
                 return None
-            hosts = {host.machine_id: host for host in tx.hosts()}
+            hosts = tx.hosts()
             work = ranking.workload(job.request, tx.dataset(job.request.dataset_id).zip_bytes)
             work = dataclasses.replace(work, image_bytes=self.terms.image_bytes)
             stopped = self._stopped(self._book(tx))
@@ -97,19 +97,19 @@ class Renter:
             self._wait(job_id, f"the market could not be asked: {error}", pause=pause)
             return None
         beside = [lease.machine_id for lease in leases if lease.open]
-        ranked = ranking.rank(
+        choice = ranking.choose(
             offers,
             work,
             excluded=(*job.excluded_machines, *beside),
             hosts=hosts,
             now=self.clock(),
+            waited=self.clock() - job.entered_at,
             rules=self.rules,
         )
-        if not ranked:
-            self._wait(job_id, _nothing_fits(job, offers))
+        if not choice.ranked:
+            self._wait(job_id, choice.explain() if offers else _nothing_fits(job))
             return None
-        boots = {offer.id: ranking.boot_s(work, hosts.get(offer.machine_id)) for offer in ranked}
-        return self._try_offers(job_id, ranked, boots, work)
+        return self._try_offers(job_id, choice, work)
 
     def _offers(self, job: Job) -> list[Offer]:
         """What is for rent; for an interruptible job also by bid, until it was outbid too often."""
@@ -119,11 +119,10 @@ class Renter:
             offers += self.provider.offers(needs, interruptible=True)
         return offers
 
-    def _try_offers(
-        self, job_id: str, ranked: Sequence[Offer], boots: Mapping[str, float], work: Workload
-    ) -> Lease | None:
+    def _try_offers(self, job_id: str, choice: Choice, work: Workload) -> Lease | None:
         refusals: list[str] = []
-        untried = list(ranked)
+        untried = choice.offers
+        boots = {offer.id: expected.boot_s for offer, expected in choice.ranked}
         while untried and len(refusals) < MAX_OFFERS_PER_PASS:
             intended = self._intend(job_id, untried, boots, work)
             if intended is None:
@@ -145,7 +144,7 @@ class Renter:
                 self._unknown(lease, error)
                 return None
             else:
-                return self._rented(lease, instance_id)
+                return self._rented(lease, instance_id, choice.explain(offer))
         self._wait(job_id, f"all offers were refused ({'; '.join(refusals)})")
         return None
 
@@ -176,7 +175,13 @@ class Renter:
                 return None
             leases, closed = tx.leases_of(job.id), tx.spend_of(job.id)
             taken = tx.offers_taken([offer.id for offer in offers])
-            free = [offer for offer in offers if offer.id not in taken]
+            # The machines that failed the job may be more by now than when the market was asked.
+            failed = job.excluded_machines
+            free = [
+                offer
+                for offer in offers
+                if offer.id not in taken and offer.machine_id not in failed
+            ]
             if not free:
                 self._explain(tx, job, OTHERS_FIRST, now)
                 return None
@@ -288,14 +293,14 @@ class Renter:
             bid=offer.bid,
         )
 
-    def _rented(self, lease: Lease, instance_id: str) -> Lease:
-        """Put the id on disk, also when the job was cancelled meanwhile."""
+    def _rented(self, lease: Lease, instance_id: str, why: str) -> Lease:
+        """Put the id on disk, also when the job was cancelled meanwhile; `why` this offer."""
         now = self.clock()
         with self.store.transaction() as tx:
             job = tx.job(lease.job, lock=True)
             lease = rented(tx, tx.lease(lease.id, lock=True), instance_id, now)
             when = record.rfc3339(now)
-            search = f"rented {lease.gpu_name} on machine {lease.machine_id} at {when}"
+            search = f"rented at {when}: {why}"
             tx.save_job(_with_search(job, search).evolve(due_at=self._next_look(job, lease)))
         return lease
 
@@ -389,10 +394,8 @@ def _with_search(job: Job, words: str) -> Job:
     return job.evolve(progress={**job.progress, "gpu_search": words})
 
 
-def _nothing_fits(job: Job, offers: Sequence[Offer]) -> str:
+def _nothing_fits(job: Job) -> str:
     needs = job.request.gpu
     wanted = f"{needs.min_vram_gb:g} GB VRAM at most {money.dollars(needs.max_price)}/h"
     names = f" ({', '.join(needs.gpu_names)})" if needs.gpu_names else ""
-    if offers:
-        return f"{len(offers)} offers meet the needs, but each machine failed a job before"
     return f"no offer meets the needs: {wanted}{names}, reliability {needs.min_reliability:g}"
