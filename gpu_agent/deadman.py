@@ -28,8 +28,7 @@ TIMEOUT = (10.0, 30.0)
 DELAYS = (1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 #: Seconds between looks at the clock.
 TICK = 1.0
-#: Seconds between promises to the start script, and what it waits longer than we do.
-PROMISE_S = 10.0
+#: Seconds that the start script waits longer than we do.
 HEAD_START_S = 60.0
 
 
@@ -132,12 +131,9 @@ class DeadMan:
             return True
 
     def _run(self) -> None:
-        promised_at = float("-inf")
         while not self._ended:
-            now = self._clock.monotonic()
-            if self._promise is not None and now - promised_at >= PROMISE_S:
+            if self._promise is not None:
                 self._promise.renew(min(self.left().values()) + HEAD_START_S)
-                promised_at = now
             if reason := self.due():
                 log.error("this machine ends itself: %s", reason)
                 self._on_end(reason)

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from gpu_agent.clock import Clock
-from gpu_agent.deadman import DeadMan, Instance
+from gpu_agent.deadman import DeadMan, Instance, Promise
 
 
 class Time:
@@ -122,6 +122,14 @@ def test_a_destroyed_instance_is_not_destroyed_again(stoker, switch):
     assert switch.destroy()
     assert switch.destroy()
     assert len(stoker.requests) == 1
+
+
+def test_the_start_script_is_told_how_long_to_wait_whatever_clocks_say(tmp_path):
+    promise = Promise(tmp_path / "due")
+    promise.renew(960.4)
+    assert (tmp_path / "due").read_text().split() == ["1", "960"]
+    promise.renew(-3.0)
+    assert (tmp_path / "due").read_text().split() == ["2", "0"]
 
 
 def test_without_a_market_there_is_nothing_to_destroy():
