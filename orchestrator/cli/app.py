@@ -11,7 +11,7 @@ import typer
 
 from infra.embedded import EmbeddedError
 from infra.settings import SettingsError
-from orchestrator.cli import bench, demo, jobs, sandbox, servers
+from orchestrator.cli import bench, demo, jobs, sandbox, servers, sim
 from orchestrator.cli.console import CliError, Exit, report
 from state.errors import StokerError
 
@@ -35,6 +35,7 @@ def make_app(*, plain: bool = False) -> typer.Typer:
     servers.register(app)
     sandbox.register(app)
     bench.register(app)
+    sim.register(app)
     app.command()(test)
     return app
 
