@@ -148,9 +148,9 @@ def overview(market: Market, notifier: Notifier) -> dict[str, Any]:
             },
             "faults": {
                 "planned": [told(fault) for fault in market.faults.plan],
-                "fired": list(market.faults.fired),
+                "fired": market.faults.fired,
             },
-            "notifications": list(notifier.sent),
+            "notifications": notifier.sent,
         }
 
 

@@ -320,12 +320,17 @@ class Faults:
 
     def __init__(self, plan: Iterable[Fault | HostFault] = (), *, seed: int = 0) -> None:
         self.plan: list[Fault | HostFault] = list(plan)
-        #: The last ones, newest last.
-        self.fired: collections.deque[dict[str, Any]] = collections.deque(maxlen=1000)
+        self._fired: collections.deque[dict[str, Any]] = collections.deque(maxlen=1000)
         self._seed = seed
         self._counts: dict[tuple[int, str], int] = {}
         self._rentals: dict[int | None, int] = {}
         self._lock = threading.Lock()
+
+    @property
+    def fired(self) -> list[dict[str, Any]]:
+        """The last ones that struck, newest last."""
+        with self._lock:
+            return list(self._fired)
 
     def add(self, fault: Fault | HostFault) -> None:
         """Plan one more; it counts from now on."""
@@ -371,7 +376,8 @@ class Faults:
 
     def note(self, fault: Fault | HostFault, **what: Any) -> None:
         """Record that it struck."""
-        self.fired.append({"kind": fault.kind, **what})
+        with self._lock:
+            self._fired.append({"kind": fault.kind, **what})
 
     def _strikes(self, index: int, fault: Fault, op: str, count: int) -> bool:
         if count < fault.nth:

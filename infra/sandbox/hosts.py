@@ -34,6 +34,8 @@ class Truth:
     disk_gb: float
     download_mbps: float
     clock_skew_s: float = 0.0
+    #: The disk is not the one that was rented.
+    lies_of_disk: bool = False
 
     @property
     def driver_name(self) -> str:

@@ -436,6 +436,7 @@ class Life:
             "gpu_ram": fault.vram_mib,
             "driver_version": fault.driver,
             "disk_gb": fault.disk_gb,
+            "lies_of_disk": None if fault.disk_gb is None else True,
             "download_mbps": fault.download_mbps,
             "clock_skew_s": fault.seconds if fault.kind == "clock_skew" else None,
         }
@@ -516,7 +517,7 @@ class Life:
         if self._unpaid_since is None:
             self._unpaid_since = now
         for contract in list(self.contracts.values()):
-            if contract.intended == "running":
+            if contract.wanted:
                 self.stop(contract.id)
             if now - self._unpaid_since >= UNPAID_LIFE_S:
                 self._remove(contract)

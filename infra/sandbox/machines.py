@@ -67,13 +67,23 @@ while [ $i -lt {count} ]; do
   i=$((i + 1))
 done
 """
-#: Python's own hook at its start: every program in Python below sees this clock.
+#: Python's own hook at its start: what programs in Python see of a host that is not as offered.
 SKEWED_CLOCK = """\
 import time
 _ahead = {ahead!r}
 _time, _time_ns = time.time, time.time_ns
 time.time = lambda: _time() + _ahead
 time.time_ns = lambda: _time_ns() + int(_ahead * 1_000_000_000)
+"""
+SMALL_DISK = """\
+import os
+_statvfs = os.statvfs
+def _small(path):
+    real = _statvfs(path)
+    most = int({disk_gb!r} * 1_000_000_000) // real.f_frsize
+    blocks = (min(blocks, most) for blocks in (real.f_blocks, real.f_bfree, real.f_bavail))
+    return os.statvfs_result((real.f_bsize, real.f_frsize, *blocks, *real[5:10]))
+os.statvfs = _small
 """
 
 
@@ -234,8 +244,10 @@ def _disguise(home: Path, truth: Truth) -> dict[str, str]:
     )
     smi.chmod(0o755)
     env = {"PATH": f"{programs}{os.pathsep}{PATH}"}
-    if truth.clock_skew_s:
+    hook = SKEWED_CLOCK.format(ahead=truth.clock_skew_s) if truth.clock_skew_s else ""
+    hook += SMALL_DISK.format(disk_gb=truth.disk_gb) if truth.lies_of_disk else ""
+    if hook:
         hooks.mkdir(parents=True, exist_ok=True)
-        (hooks / "sitecustomize.py").write_text(SKEWED_CLOCK.format(ahead=truth.clock_skew_s))
+        (hooks / "sitecustomize.py").write_text(hook)
         env["PYTHONPATH"] = str(hooks)
     return env

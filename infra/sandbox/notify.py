@@ -105,8 +105,8 @@ class Notifier:
             raise ValueError(f"at most {MAX_URLS} webhooks")
         self._secret, self._rate, self._time_scale, self._clock = secret, rate, time_scale, clock
         self._random = random.Random(f"{seed}/notify")
-        #: The last ones: event, url, attempt and what came of it.
-        self.sent: deque[dict[str, Any]] = deque(maxlen=200)
+        self._sent: deque[dict[str, Any]] = deque(maxlen=200)
+        self._lock = threading.Lock()
         self._over = threading.Event()
         self._queues: dict[str, queue.SimpleQueue[_Delivery | None]] = {
             url: queue.SimpleQueue() for url in urls
@@ -141,6 +141,12 @@ class Notifier:
             else:
                 for _ in range(2 if doubled else 1):
                     line.put(delivery)
+
+    @property
+    def sent(self) -> list[dict[str, Any]]:
+        """The last ones, newest last: event, url, attempt and what came of it."""
+        with self._lock:
+            return list(self._sent)
 
     def close(self) -> None:
         self._over.set()
@@ -184,4 +190,5 @@ class Notifier:
 
     def _note(self, delivery: _Delivery, attempt: int, outcome: object) -> None:
         what = {"event": delivery.event, "event_id": delivery.event_id, "url": delivery.url}
-        self.sent.append({**what, "attempt": attempt, "outcome": outcome})
+        with self._lock:
+            self._sent.append({**what, "attempt": attempt, "outcome": outcome})

@@ -119,6 +119,14 @@ def test_a_machine_sees_what_its_host_lied_about(sandbox: Any, vast: VastProvide
     ]
 
 
+def test_a_machines_disk_may_be_smaller_than_rented(sandbox: Any, vast: VastProvider) -> None:
+    sandbox.faults.add(HostFault(kind="lie", disk_gb=0.001))
+    look = "import shutil; d = shutil.disk_usage('.'); print(d.total, d.free, 'done')"
+    number = rent(vast, f'python -c "{look}"')
+    total, free, _ = printed(sandbox, number, "done").split()
+    assert int(free) <= int(total) <= 1_000_000
+
+
 def test_a_machines_clock_may_be_ahead(sandbox: Any, vast: VastProvider) -> None:
     sandbox.faults.add(HostFault(kind="clock_skew", seconds=86400))
     number = rent(vast, "python -c 'import time; print(time.time(), time.time_ns())'; echo done")
