@@ -138,6 +138,9 @@ class Life:
         with self.edge.store.transaction() as tx:
             again = record.retry(tx, self.job, self.edge.clock())
         second = self.edge.agent(again, token=f"second of {self.job}")
+        # a machine that was thought lost comes back, and goes on as if nothing had been
+        for fact, data in SETTING_UP + SUCCEEDING + UPLOADED:
+            assert first.report(fact, **data).status_code == 410
         self.tell(second, SETTING_UP + SUCCEEDING)
         self.tell(second, UPLOADED)
         with self.edge.store.transaction() as tx:
