@@ -98,6 +98,8 @@ class Life:
         self.strays: dict[int, Contract] = {}
         #: Others who use or want a GPU: machine id → their bid, or infinity on demand.
         self.rivals: dict[int, float] = {}
+        #: How many of them there were: machine id → count.
+        self._turns: dict[int, int] = {}
         #: The account's variables, given to every container.
         self.secrets: dict[str, str] = {}
         self.tell = tell
@@ -266,12 +268,10 @@ class Life:
         with self.lock:
             contract = self._current(number)
             machine = contract.host.machine_id
-            self.rivals[machine] = price
+            self._rival_comes(machine, price, seconds)
             if price == math.inf and not contract.outbid and contract.wanted:
                 self._preempt(contract)
             self._contend(machine)
-            if seconds is not None:
-                self._rival_leaves_after(machine, seconds)
 
     def rival_leaves(self, machine: int) -> None:
         """The GPU is free for whoever of ours waits for it."""
@@ -460,8 +460,7 @@ class Life:
             case "lost_after_pull":
                 self._give_up(contract, f"Successfully loaded {contract.image}")
                 contract.outbid = True
-                self.rivals[machine] = math.inf
-                self._rival_leaves_after(machine, RIVAL_STAYS_S)
+                self._rival_comes(machine, math.inf, RIVAL_STAYS_S)
             case "queued":
                 self.outbid(number, seconds=fault.seconds)
             case "outbid":
@@ -564,10 +563,17 @@ class Life:
             contract.outbid = contract.queued_start = False
             self._start(contract)
 
-    def _rival_leaves_after(self, machine: int, seconds: float) -> None:
-        self._agenda.append((self.at() + seconds, functools.partial(self._leave, machine)))
+    def _rival_comes(self, machine: int, price: float, seconds: float | None) -> None:
+        """For `seconds`, unless another follows in the meantime."""
+        self.rivals[machine] = price
+        turn = self._turns[machine] = self._turns.get(machine, 0) + 1
+        if seconds is not None:
+            leave = functools.partial(self._leave, machine, turn)
+            self._agenda.append((self.at() + seconds, leave))
 
-    def _leave(self, machine: int) -> None:
+    def _leave(self, machine: int, turn: int | None = None) -> None:
+        if turn not in (None, self._turns.get(machine)):
+            return
         self.rivals.pop(machine, None)
         self._contend(machine)
         if not any(item.host.machine_id == machine for item in self.contracts.values()):

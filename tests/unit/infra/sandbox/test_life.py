@@ -252,6 +252,20 @@ def test_the_higher_bid_gets_the_gpu_and_the_lower_resumes_when_it_leaves(
     assert (contract.actual, contract.intended) == ("running", "running")
 
 
+def test_a_rival_stays_as_long_as_he_said_whoever_was_there_before(
+    market: Any, time: Any, rent: Any
+) -> None:
+    contract = rent(market, price=0.06)
+    time.passes(100)
+    market.outbid(contract.id, 0.07, seconds=100)
+    market.rival_leaves(contract.host.machine_id)
+    market.outbid(contract.id, 0.07, seconds=1000)
+    time.passes(500)
+    assert states(contract) == STOPPED
+    time.passes(500 + RESUME_S + 20)
+    assert contract.actual == "running"
+
+
 def test_a_raised_bid_takes_the_gpu_back(market: Any, time: Any, rent: Any) -> None:
     contract = rent(market, price=0.06)
     time.passes(100)
