@@ -300,8 +300,9 @@ class Renter:
             job = tx.job(lease.job, lock=True)
             lease = rented(tx, tx.lease(lease.id, lock=True), instance_id, now)
             when = record.rfc3339(now)
-            search = f"rented at {when}: {why}"
-            tx.save_job(_with_search(job, search).evolve(due_at=self._next_look(job, lease)))
+            search = f"rented {lease.gpu_name} on machine {lease.machine_id} at {when}"
+            job = _with_search(job, search, gpu_choice=why)
+            tx.save_job(job.evolve(due_at=self._next_look(job, lease)))
         return lease
 
     def _next_look(self, job: Job, lease: Lease) -> datetime | None:
@@ -390,8 +391,8 @@ def rented(tx: Transaction, lease: Lease, instance_id: str, now: datetime) -> Le
     return lease
 
 
-def _with_search(job: Job, words: str) -> Job:
-    return job.evolve(progress={**job.progress, "gpu_search": words})
+def _with_search(job: Job, words: str, **more: str) -> Job:
+    return job.evolve(progress={**job.progress, "gpu_search": words, **more})
 
 
 def _nothing_fits(job: Job) -> str:

@@ -15,7 +15,7 @@ import structlog
 
 from gpu_agent.wire import Fact, Order
 from infra.provider import Instance, Provider
-from state import brakes, money, policy, record, renting
+from state import boot, brakes, money, policy, record, renting
 from state.errors import NotFound, ProviderError
 from state.job import Job, Reason, Status
 from state.lease import Lease, LeaseStatus
@@ -23,6 +23,7 @@ from state.policy import Policy
 from state.store import Store, Transaction
 from tasks import billing
 from tasks.allocate import rented
+from tasks.reconcile import RECEIVER
 
 #: `released` needs so many readable lists in a row without the instance.
 ABSENT_LISTS = 2
@@ -432,41 +433,56 @@ def _lost(
     credit: int | None,
 ) -> list[str]:
     """Note what the list says of rented machines; stall the jobs of those that are no longer
-    there, or will not run again by themselves."""
+    there, will not come up, or will not run again by themselves."""
     stalled: list[str] = []
+    with keeper.store.transaction() as tx:
+        since = policy.listening_since(tx.beats().get(RECEIVER), now)
     for lease in leases:
         if lease.status is not LeaseStatus.RENTED:
             continue
         mine = _of(lease, listed)
-        absent = 0 if mine else lease.absent + 1
-        missing = {"absent": absent, "ended_at": lease.ended_at or now}
-        changes = _seen(lease, mine, now) if mine else missing
-        if changes:
-            with keeper.store.transaction() as tx:
-                row = tx.lease(lease.id, lock=True)
-                if row.status is not LeaseStatus.RENTED:
-                    continue
+        vanished = not mine and lease.absent + 1 >= ABSENT_LISTS
+        vanished = vanished and keeper.is_gone(lease.instance_id)
+        with keeper.store.transaction() as tx:
+            # Jobs are locked before what hangs on them; `machine_failed` wants it.
+            if not tx.jobs([lease.job], lock=True):
+                continue
+            row = tx.lease(lease.id, lock=True)
+            if row.status is not LeaseStatus.RENTED:
+                continue
+            changes, reason = _verdict(row, mine, vanished, since, now, keeper.rules)
+            if changes:
                 tx.save_lease(row.evolve(**changes))
-        ended = mine[0] if mine and all(item.phase == "ended" for item in mine) else None
-        vanished = absent >= ABSENT_LISTS and keeper.is_gone(lease.instance_id)
-        over = bool(ended) or vanished
-        if over and _failed(keeper, lease, _end_of(lease, ended, credit), now):
-            stalled.append(lease.id)
+            gone = vanished or (bool(mine) and all(item.phase == "ended" for item in mine))
+            if reason and gone and credit is not None and credit <= 0:
+                reason = _out_of_credit(credit)
+            if reason and record.machine_failed(tx, row.id, reason, now, keeper.rules):
+                stalled.append(lease.id)
     return stalled
 
 
-def _end_of(lease: Lease, ended: Instance | None, credit: int | None) -> Reason:
-    """Why a machine ended that we did not end: the account, a higher bid, or its host."""
-    if credit is not None and credit <= 0:
-        message = f"the market stopped our machines: {money.dollars(credit)} of credit are left"
-        return Reason(code=brakes.CREDIT_GONE, message=message)
-    what = (ended.message or "the instance ended") if ended else "the instance vanished"
-    if ended and ended.preempted and lease.bid:
-        return Reason(code=record.OUTBID, message=what)
-    return Reason(code="host.boot" if lease.ready_at is None else "host.ended", message=what)
+def _verdict(
+    lease: Lease,
+    mine: Sequence[Instance],
+    vanished: bool,
+    since: datetime,
+    now: datetime,
+    rules: Policy,
+) -> tuple[dict[str, Any], Reason | None]:
+    """What changes on a rented lease by a list, and why its machine is none any more."""
+    if not mine:
+        changes = {"absent": lease.absent + 1, "ended_at": lease.ended_at or now}
+        code = "host.boot" if lease.ready_at is None else "host.ended"
+        return changes, Reason(code=code, message="the instance vanished") if vanished else None
+    # One that lives speaks for all of a label.
+    shown = min(mine, key=lambda item: item.phase == "ended")
+    verdict = boot.verdict(lease, shown, now, rules, since=since)
+    changes = _seen(lease, mine, now)
+    if (verdict.note, verdict.noted_at) != (lease.note, lease.noted_at):
+        changes |= {"note": verdict.note, "noted_at": verdict.noted_at}
+    return changes, verdict.reason
 
 
-def _failed(keeper: Keeper, lease: Lease, reason: Reason, now: datetime) -> bool:
-    """Whether the job of `lease` takes note of its end."""
-    with keeper.store.transaction() as tx:
-        return record.machine_failed(tx, lease.id, reason, now, keeper.rules) is not None
+def _out_of_credit(credit: int) -> Reason:
+    message = f"the market stopped our machines: {money.dollars(credit)} of credit are left"
+    return Reason(code=brakes.CREDIT_GONE, message=message)
