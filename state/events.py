@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, Self
+from typing import Any
+
+from state.value import Value
 
 
 class Secret(str):
@@ -58,7 +59,7 @@ class OutgoingStatus(enum.StrEnum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outgoing:
+class Outgoing(Value):
     """A webhook owed to a customer: a row of the outbox. `id` is its webhook-id on every try."""
 
     id: str
@@ -71,9 +72,6 @@ class Outgoing:
     status: OutgoingStatus = OutgoingStatus.WAITING
     tries: int = 0
     due_at: datetime | None = None
-
-    def evolve(self, **changes: Any) -> Self:
-        return dataclasses.replace(self, **changes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +87,7 @@ class Delivery:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Attempt:
+class Attempt(Value):
     """One try of a job: by which secret the agent that has it is known.
 
     `nonce` is what that agent sent with its hello: the same nonce within a minute gets the same
@@ -103,9 +101,6 @@ class Attempt:
     nonce: str | None = None
     hello_at: datetime | None = None
 
-    def evolve(self, **changes: Any) -> Self:
-        return dataclasses.replace(self, **changes)
-
 
 class DatasetStatus(enum.StrEnum):
     #: Uploads may still arrive.
@@ -118,7 +113,7 @@ class DatasetStatus(enum.StrEnum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dataset:
+class Dataset(Value):
     """Photographs for training. `files` is what the customer announced: name, bytes, sha256."""
 
     id: str
@@ -133,9 +128,6 @@ class Dataset:
     zip_sha256: str = ""
     due_at: datetime | None = None
     tries: int = 0
-
-    def evolve(self, **changes: Any) -> Self:
-        return dataclasses.replace(self, **changes)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,13 +6,13 @@ the instance; so whatever line a process dies on, some row owns the money.
 
 from __future__ import annotations
 
-import dataclasses
 import enum
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Self
 
 from state.errors import IllegalMove
+from state.value import Value
 
 
 class LeaseStatus(enum.StrEnum):
@@ -40,7 +40,7 @@ MOVES: dict[LeaseStatus, frozenset[LeaseStatus]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lease:
+class Lease(Value):
     """One try at renting.
 
     Attributes:
@@ -123,10 +123,7 @@ class Lease:
         """
         if status is not self.status and status not in MOVES[self.status]:
             raise IllegalMove(f"lease {self.id}", status, self.status)
-        return dataclasses.replace(self, status=status, **changes)
-
-    def evolve(self, **changes: Any) -> Self:
-        return dataclasses.replace(self, **changes)
+        return self.evolve(status=status, **changes)
 
     @property
     def open(self) -> bool:

@@ -141,6 +141,7 @@ class _Data:
         self.spend: Rows[str, _Spend] = Rows()
         self.spend_by_job: dict[str, Rows[str, None]] = defaultdict(Rows)
         self.spend_by_hour: dict[int, Rows[str, None]] = defaultdict(Rows)
+        self.spend_sums: Rows[int, int] = Rows()
         self.beats: Rows[str, tuple[datetime, Mapping[str, Any]]] = Rows()
 
 
@@ -260,7 +261,7 @@ class MemoryTransaction:
         claimed = []
         for key in rows.take(now, limit):
             before = rows[key]
-            row = replace(before, due_at=until)
+            row = before.evolve(due_at=until)
             self._put(rows, key, row)
             if before.due_at == until:
                 rows.push(key, until)
@@ -611,18 +612,25 @@ class MemoryTransaction:
     def add_spend(self, *, lease: str, job: str, at: datetime, amount: int) -> None:
         data = self._data
         if lease in data.spend:
-            old_job, old_at, _ = data.spend[lease]
+            old_job, old_at, old_amount = data.spend[lease]
             self._drop(data.spend_by_job[old_job], lease)
             self._drop(data.spend_by_hour[_hour(old_at)], lease)
+            self._sum(_hour(old_at), -old_amount)
         self._put(data.spend, lease, (job, at, amount))
         self._put(data.spend_by_job[job], lease, None)
         self._put(data.spend_by_hour[_hour(at)], lease, None)
+        self._sum(_hour(at), amount)
+
+    def _sum(self, hour: int, amount: int) -> None:
+        sums = self._data.spend_sums
+        self._put(sums, hour, sums.get(hour, 0) + amount)
 
     def spend_since(self, when: datetime) -> int:
         data, first = self._data, _hour(when)
-        hours = [leases for hour, leases in data.spend_by_hour.items() if hour >= first]
-        spent = (data.spend[lease] for leases in hours for lease in leases)
-        return sum(amount for _, at, amount in spent if at >= when)
+        # Whole hours by their sums; of the first one only what came after `when`.
+        begun = (data.spend[lease] for lease in data.spend_by_hour.get(first, ()))
+        whole = sum(amount for hour, amount in data.spend_sums.items() if hour > first)
+        return whole + sum(amount for _, at, amount in begun if at >= when)
 
     def spend_of(self, job_id: str) -> int:
         leases = self._data.spend_by_job.get(job_id, ())
