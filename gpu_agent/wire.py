@@ -178,7 +178,7 @@ class Report:
     def to_bytes(self) -> bytes:
         """Compact UTF-8 JSON with keys in a fixed order, so that equal reports are equal bytes."""
         return json.dumps(
-            dataclasses.asdict(self), separators=(",", ":"), ensure_ascii=False, allow_nan=False
+            vars(self), separators=(",", ":"), ensure_ascii=False, allow_nan=False
         ).encode()
 
     @property

@@ -20,6 +20,7 @@ import enum
 from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cache
 from typing import Any
 
 from transitions import Machine, MachineError
@@ -128,8 +129,12 @@ _machine = Machine(
 )
 
 
+@cache
 def _step(status: Status, trigger: str, known: frozenset[str]) -> Status | None:
-    """Where `trigger` leads from `status`, or None when the table has no open row for it."""
+    """Where `trigger` leads from `status`, or None when the table has no open row for it.
+
+    Asked of `transitions` once for each of the few hundred questions that there are.
+    """
     walker = _Walker(known)
     _machine.add_model(walker, initial=status.value)
     try:

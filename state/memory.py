@@ -14,7 +14,7 @@ import itertools
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
@@ -171,29 +171,33 @@ class MemoryStore:
         self._holder: int | None = None
         self._watch = watch
 
-    @contextmanager
-    def transaction(self) -> Iterator[MemoryTransaction]:
+    def transaction(self) -> AbstractContextManager[MemoryTransaction]:
         """One transaction; others wait until it ends.
 
         Raises:
             RuntimeError: this thread is within a transaction already, and would wait for itself.
         """
+        return _Opened(self)
+
+    def begin(self) -> MemoryTransaction:
+        """Wait for one's turn. `finish` must follow."""
         if self._holder == threading.get_ident():
             raise RuntimeError("a transaction inside a transaction would wait for itself")
-        with self._lock:
-            self._holder = threading.get_ident()
-            transaction = MemoryTransaction(self._data)
-            try:
-                yield transaction
-            except BaseException:
+        self._lock.acquire()
+        self._holder = threading.get_ident()
+        return MemoryTransaction(self._data)
+
+    def finish(self, transaction: MemoryTransaction, *, commit: bool) -> None:
+        """End what `begin` began."""
+        try:
+            if not commit:
                 transaction.roll_back()
-                raise
-            else:
-                if self._watch is not None:
-                    self._watch(transaction.changes())
-            finally:
-                transaction.end()
-                self._holder = None
+            elif self._watch is not None:
+                self._watch(transaction.changes())
+        finally:
+            transaction.end()
+            self._holder = None
+            self._lock.release()
 
     def next_due(self) -> datetime | None:
         """When the first row of any kind is due; None when nothing is."""
@@ -203,6 +207,20 @@ class MemoryStore:
 
     def close(self) -> None:
         """Nothing is open."""
+
+
+class _Opened:
+    """A transaction as a context. A generator would cost as much again as most transactions."""
+
+    def __init__(self, store: MemoryStore) -> None:
+        self._store = store
+
+    def __enter__(self) -> MemoryTransaction:
+        self._tx = self._store.begin()
+        return self._tx
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._store.finish(self._tx, commit=kind is None)
 
 
 class MemoryTransaction:
