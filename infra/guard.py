@@ -116,7 +116,8 @@ def guarded_request(
         if parts.scheme == "https":
             line.secure(tls or _tls(), host)
         return _exchange(line, method, parts, headers or {}, body, limit)
-    except (OSError, http.client.HTTPException) as exc:
+    except (OSError, http.client.HTTPException, ValueError) as exc:
+        # ValueError: http.client reads a chunk of -2 bytes
         raise GuardError(f"{host} gave no usable answer: {_words(exc)}") from None
     finally:
         line.end()

@@ -66,13 +66,13 @@ class Verifier:
 
     def _checked(self, job: Job, claim: Mapping[str, Any]) -> Artefact:
         name, size, sha256 = claim["name"], claim["bytes"], claim["sha256"]
-        source = attempt_key(job.id, job.attempt, name)
-        if name.endswith(".safetensors"):
-            self.storage.verify_safetensors(source, bytes=size, sha256=sha256)
-        else:
-            self.storage.verify(source, bytes=size, sha256=sha256)
         target = result_key(job.id, name)
-        self.storage.copy(source, target)
+        # Our copy is what is looked at: the agent's URL may still put something else at the source.
+        self.storage.copy(attempt_key(job.id, job.attempt, name), target)
+        if name.endswith(".safetensors"):
+            self.storage.verify_safetensors(target, bytes=size, sha256=sha256)
+        else:
+            self.storage.verify(target, bytes=size, sha256=sha256)
         return Artefact(
             job=job.id,
             name=name,

@@ -203,7 +203,8 @@ heads = st.sampled_from(
     [
         b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 302 X\r\nLocation: ", b"HTTP/1.1 100 Continue\r\n\r\n",
         b"HTTP/1.0 200\r\nContent-Length: ", b"HTTP/1.1 503 x\r\nRetry-After: ", b"",
-        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"HTTP/1.1 999999 \r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-2\r\n", b"HTTP/1.1 999999 \r\n",
     ]
 )  # fmt: skip
 
