@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -19,7 +19,7 @@ from orchestrator.attempt_auth import AttemptAuth
 from orchestrator.deps import Deps
 from orchestrator.waker import Waker
 from orchestrator.webhook import read_body, signed_headers, stale
-from state import record
+from state import boot, policy, record
 from state.errors import AttemptOver, IllegalMove, NotFound, StokerError, TokenRefused
 from state.events import Secret
 from state.job import Job, Reason
@@ -52,10 +52,12 @@ class _Kept:
 
 @dataclass(frozen=True, kw_only=True)
 class Hello:
-    """What an agent introduces itself with."""
+    """What an agent introduces itself with. `machine` has what it found out of these: gpu_name,
+    gpus, vram_mb, driver, cuda, disk_free_gb, instance."""
 
     token_hash: str
     nonce: str
+    machine: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def from_bytes(cls, body: bytes) -> Hello:
@@ -69,7 +71,58 @@ class Hello:
         if type(version) is not int or not 1 <= version <= wire.VERSION:
             raise _unclear("version")
         hashed = hashlib.sha256(token.encode("utf-8", "surrogatepass")).hexdigest()
-        return cls(token_hash=hashed, nonce=nonce)
+        return cls(token_hash=hashed, nonce=nonce, machine=_machine(value.get("machine")))
+
+
+def _machine(said: object) -> dict[str, Any]:
+    """What a stranger's machine says of itself; what we did not ask for is left out.
+
+    Raises: Refusal 422.
+    """
+    if said is None:
+        return {}
+    if not isinstance(said, dict):
+        raise _unclear("machine")
+    known: dict[str, Any] = {}
+    for name, read in _MACHINE.items():
+        if said.get(name) is not None:
+            known[name] = read(said[name])
+            if known[name] is None:
+                raise _unclear(f"machine/{name}")
+    return known
+
+
+def _label(value: object) -> str | None:
+    fits = isinstance(value, str) and 0 < len(value) <= 100 and value.isprintable()
+    return str(value) if fits else None
+
+
+def _count(value: object) -> int | None:
+    return value if type(value) is int and 0 <= value < 10**8 else None
+
+
+def _amount(value: object) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 10**8:
+        return None
+    return float(value)
+
+
+def _version(value: object) -> float | None:
+    """`12.8`, as a text or as a number."""
+    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,3}(\.[0-9]{1,3})?", value, re.ASCII):
+        return float(value)
+    return _amount(value)
+
+
+_MACHINE: Mapping[str, Callable[[object], Any]] = {
+    "gpu_name": _label,
+    "gpus": _count,
+    "vram_mb": _count,
+    "driver": _label,
+    "cuda": _version,
+    "disk_free_gb": _amount,
+    "instance": _label,
+}
 
 
 class Doorkeeper:
@@ -86,7 +139,8 @@ class Doorkeeper:
 
         Raises:
             TokenRefused: it is unknown, expired or used.
-            AttemptOver: the attempt is over, or another machine has it.
+            AttemptOver: the attempt is over, another machine has it, or this one is not what was
+                rented.
             Refusal: 503 the base model cannot be had at the moment, or the dataset's URL not be
                 made.
         """
@@ -94,15 +148,34 @@ class Doorkeeper:
         with self._deps.store.transaction() as tx:
             seen = record.knock(tx, token, nonce, self._deps.clock())
             kept = _offered(tx, seen.job)
+        self._inspect(seen, hello.machine)
         with logs.bound(job=seen.job.id, attempt=seen.attempt.number):
             base = self.base(seen.job)
             dataset, resume = self._downloads(seen.job, kept)
             fresh, now = Secret(wire.new_secret()), self._deps.clock()
             with self._deps.store.transaction() as tx:
                 seen = record.knock(tx, token, nonce, now, lock=True)
-                secret = record.admit(tx, seen, nonce=nonce, secret=fresh, now=now)
+                secret = record.admit(
+                    tx, seen, nonce=nonce, secret=fresh, now=now, machine=hello.machine
+                )
             _log.info("agent said hello")
         return self._spec(seen, dataset, base, resume, secret.reveal())
+
+    def _inspect(self, seen: record.Admission, machine: Mapping[str, Any]) -> None:
+        """Send a machine away that is not what its offer said, before the big downloads.
+
+        Raises: AttemptOver.
+        """
+        reason = None if seen.again else boot.lie(seen.lease, seen.job.request.gpu, machine)
+        if reason is None:
+            return
+        with self._deps.store.transaction() as tx:
+            job = record.machine_failed(tx, seen.lease.id, reason, self._deps.clock())
+        with logs.bound(job=seen.job.id, attempt=seen.attempt.number):
+            _log.warning("a host lied", machine=seen.lease.machine_id, why=reason.message)
+        if job is not None:
+            self._waker(job.id, (*record.wakes(job), "deallocate"))
+        raise AttemptOver
 
     def refuse_stranger(self, hello: Hello) -> None:
         """A refused token: if somebody else used it before, the job goes to another machine."""
@@ -171,7 +244,17 @@ class Doorkeeper:
             files_url=f"{address}/files",
             lease_ends_at=seen.lease.expires_at.timestamp(),
             resume=resume,
+            min_download_mbps=_least_mbps(seen.job),
         )
+
+
+#: A host that brings less than this share of the rate that was asked for is not worth its wait.
+LEAST_RATE = 0.25
+
+
+def _least_mbps(job: Job) -> float:
+    """Below which rate (Mbit/s) the agent is to give up; on the last try slow is better."""
+    return 0.0 if policy.last_try(job) else job.request.gpu.min_download_mbps * LEAST_RATE
 
 
 def _dataset_download(deps: Deps, tx: Transaction, job: Job) -> wire.Download:

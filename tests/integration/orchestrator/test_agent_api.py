@@ -115,6 +115,80 @@ def test_a_hello_for_what_is_over_is_told_to_stop(edge, problem, why):
     assert wire.orders_from_bytes(answer.data) == [wire.Order.STOP]
 
 
+def test_what_a_machine_is_stands_in_the_jobs_history(edge):
+    job = edge.job()
+    edge.rent(job)
+    machine = {
+        "gpu_name": "NVIDIA GeForce RTX 4090",
+        "gpus": 1,
+        "vram_mb": 24564,
+        "driver": "570.86.10",
+        "cuda": "12.8",
+        "disk_free_gb": 38.5,
+        "instance": "4711",
+    }
+    assert edge.hello(machine={**machine, "colour": "blue"}).status_code == 200
+    with edge.store.transaction() as tx:
+        (event,) = tx.events(job.id, type="agent.hello")
+    assert event.data["machine"] == {**machine, "cuda": 12.8}
+
+
+def test_a_machine_that_is_not_what_was_rented_goes_and_costs_no_attempt(edge, problem):
+    job = edge.job()
+    edge.rent(job)
+    answer = edge.hello(machine={"gpu_name": "NVIDIA GeForce RTX 3060", "gpus": 1})
+    problem(answer, 410, "stale_attempt")
+    assert wire.orders_from_bytes(answer.data) == [wire.Order.STOP]
+    stored = edge.stored(job.id)
+    assert (stored.status, stored.attempt) == (Status.PENDING_GPU, 1)
+    assert stored.excluded_machines == ("m1",)
+    with edge.store.transaction() as tx:
+        (event,) = tx.events(job.id, type="machine.failed")
+        (lease,) = tx.leases_of(job.id)
+        host = tx.host("m1")
+    assert event.data["reason"]["code"] == "host.lied"
+    assert "RTX 3060 and no RTX 4090" in event.data["reason"]["message"]
+    assert lease.status is LeaseStatus.RELEASING
+    assert (host.lies, host.bad) == (1, 1)
+    problem(edge.hello(), 410, "stale_attempt")
+
+
+@without_database
+@pytest.mark.parametrize(
+    "machine",
+    [
+        [],
+        "RTX 4090",
+        {"gpus": "1"},
+        {"gpus": -1},
+        {"gpus": True},
+        {"vram_mb": 2**70},
+        {"vram_mb": 1.5},
+        {"gpu_name": "x" * 101},
+        {"gpu_name": "a\x00b"},
+        {"cuda": "twelve"},
+        {"cuda": [12]},
+        {"disk_free_gb": "much"},
+        {"disk_free_gb": -1},
+        {"driver": 550},
+    ],
+    ids=repr,
+)
+def test_a_machine_that_cannot_be_understood_is_refused_and_nothing_happens(edge, problem, machine):
+    job = edge.job()
+    edge.rent(job)
+    problem(edge.hello(machine=machine), 422, "invalid")
+    assert edge.stored(job.id) == job
+    assert edge.hello().status_code == 200
+
+
+@without_database
+@pytest.mark.parametrize(("max_attempts", "least"), [(2, 25.0), (1, 0.0)])
+def test_a_slow_line_is_refused_except_on_the_last_try(edge, max_attempts, least):
+    edge.rent(edge.job(max_attempts=max_attempts))
+    assert wire.JobSpec.from_bytes(edge.hello().data).min_download_mbps == least
+
+
 @without_database
 @pytest.mark.parametrize(
     "body",
