@@ -15,7 +15,7 @@ import threading
 from collections.abc import MutableMapping
 from pathlib import Path
 
-from gpu_agent.agent import TERMINATED, Agent, Charge
+from gpu_agent.agent import Agent, Charge
 from gpu_agent.clock import Clock
 from gpu_agent.deadman import Instance
 from gpu_agent.halt import Halt
@@ -57,12 +57,12 @@ def _log_to(home: Path, journal: Journal) -> None:
     logging.getLogger("urllib3").setLevel(logging.ERROR)  # it names addresses with signatures
 
 
-def _end_on_signals(halt: Halt) -> None:
+def _end_on_signals(agent: Agent, halt: Halt) -> None:
     def told(number: int, frame: object) -> None:
         if halt.reason:
-            os._exit(128 + number)  # over already, or told twice
+            os._exit(128 + number)  # over already, and still not gone
         # on a thread: the one that was interrupted may hold the lock of what we are to set
-        threading.Thread(target=halt.call, args=(TERMINATED,)).start()
+        threading.Thread(target=agent.terminate).start()
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, told)
@@ -77,8 +77,9 @@ def main() -> int:
     charge.home.mkdir(parents=True, exist_ok=True, mode=0o700)
     journal, halt = Journal(), Halt()
     _log_to(charge.home, journal)
-    _end_on_signals(halt)
-    return Agent(charge, halt=halt, clock=Clock(), journal=journal).run()
+    agent = Agent(charge, halt=halt, clock=Clock(), journal=journal)
+    _end_on_signals(agent, halt)
+    return agent.run()
 
 
 if __name__ == "__main__":

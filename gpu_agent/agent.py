@@ -32,7 +32,7 @@ METHODS: Mapping[str, Callable[[], Method]] = {"lora": Lora}
 #: The reason to end that is still reported: the host takes the machine away.
 TERMINATED = "terminated"
 #: How long a terminated agent tries to say so (seconds).
-LAST_WORDS_S = 5.0
+LAST_WORDS_S = 2.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +85,15 @@ class Agent:
             self._deadman.destroy()
         return 0 if done else 1
 
+    def terminate(self) -> None:
+        """The machine is about to be taken away: save what can be saved, say so, and end."""
+        work = self._work
+        if work is None or work.phase not in ("training", "uploading", "done"):
+            self._halt.call(TERMINATED)
+            return
+        self._halt.warn(TERMINATED, self._patience.grace_s)
+        work.obey(Order.STOP)
+
     def _live(self) -> bool:
         """Raises: GiveUp, Halted."""
         charge = self._charge
@@ -113,7 +122,7 @@ class Agent:
             halt=self._halt,
             on_order=self._obey,
             on_heard=self._deadman.heard,
-            status=lambda: {"phase": self._work.phase if self._work else "starting"},
+            status=lambda: self._work.status if self._work else {"phase": "starting"},
             log_lines=self._journal.take,
             delays=self._delays,
         )
@@ -154,17 +163,22 @@ class Agent:
             make(),
             report=reporter.put,
             halt=self._halt,
+            moved=self._moved,
             files=lambda: Files(
                 spec,
                 clock=self._clock,
                 halt=self._halt,
                 on_heard=self._deadman.heard,
+                moved=self._moved,
                 delays=self._patience.file_delays,
             ),
             log_tail=self._journal.tail,
             patience=self._patience,
         )
         self._work.do()
+
+    def _moved(self, count: int) -> None:
+        """Something went forward by so much."""
 
     def _tell(self, reporter: Reporter, fault: Fault) -> None:
         data = {"code": fault.code, "message": fault.message, "retryable": fault.retryable}

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import math
+import os
 import secrets
+import shutil
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,12 +22,15 @@ from gpu_agent.wire import Fact
 
 log = logging.getLogger(__name__)
 
+#: What a checkpoint's last file is called: once it is in storage, the checkpoint is whole.
+MANIFEST = "manifest.json"
+
 Report = Callable[[Fact, Mapping[str, Any]], None]
 
 
 @dataclass(frozen=True)
 class _Parcel:
-    """A file, or a checkpoint's folder, and what is to be reported when it is in storage."""
+    """A file, or a checkpoint's own folder, and what is reported when it is in storage."""
 
     fact: Fact
     path: Path
@@ -33,10 +41,24 @@ class Courier:
     """One thread, one upload after the other. Of waiting checkpoints only the newest is taken.
 
     A parcel that cannot be delivered is logged and left: the training is worth more.
+
+    Args:
+        outbox: a folder of its own on the trainer's disk.
+        about: what a manifest says of its origin: `job` and `attempt`.
     """
 
-    def __init__(self, files: Callable[[], Files], *, report: Report, halt: Halt) -> None:
-        self._files, self._report, self._halt = files, report, halt
+    def __init__(
+        self,
+        files: Callable[[], Files],
+        outbox: Path,
+        *,
+        about: Mapping[str, Any],
+        report: Report,
+        halt: Halt,
+    ) -> None:
+        self._files, self._outbox, self._about = files, outbox, about
+        self._report, self._halt = report, halt
+        shutil.rmtree(outbox, ignore_errors=True)
         self._parcels: deque[_Parcel] = deque()
         self._change = threading.Condition()
         self._busy = False
@@ -44,8 +66,20 @@ class Courier:
         self._thread: threading.Thread | None = None
 
     def checkpoint(self, folder: Path, said: Mapping[str, Any]) -> None:
-        """Upload all files of `folder`, then report `training.checkpoint`."""
-        self._add(_Parcel(Fact.TRAINING_CHECKPOINT, folder, said))
+        """Upload all files of `folder`, then a manifest, then report `training.checkpoint`.
+
+        The files are those of now: what the trainer deletes later stays here under another name.
+        """
+        # a name of its own for every checkpoint: storage never overwrites
+        kept = self._outbox / f"{said.get('step', 0)}-{secrets.token_hex(3)}"
+        try:
+            for path in folder.rglob("*"):
+                if path.is_file() and not path.is_symlink() and path.stat().st_size:
+                    _link(path, kept / path.relative_to(folder))
+        except OSError as error:
+            log.warning("%s is not uploaded: %s", folder.name, error)
+            return
+        self._add(_Parcel(Fact.TRAINING_CHECKPOINT, kept, said))
 
     def sample(self, path: Path, said: Mapping[str, Any]) -> None:
         """Upload an image, then report `training.sample`."""
@@ -59,24 +93,38 @@ class Courier:
         """
         with self._change:
             self._drop_checkpoints()
-            while self._parcels or self._busy:
-                self._change.wait(0.2)
+        self.settle()
+        return list(self._samples)
+
+    def settle(self, seconds: float = math.inf) -> None:
+        """Wait until all is delivered, but no longer than this.
+
+        Raises:
+            Halted: the work was told to end.
+        """
+        deadline = time.monotonic() + seconds
+        with self._change:
+            while (self._parcels or self._busy) and time.monotonic() < deadline:
+                self._change.wait(0.1)
                 self._halt.check()
-            return list(self._samples)
 
     def _add(self, parcel: _Parcel) -> None:
         with self._change:
             if parcel.fact is Fact.TRAINING_CHECKPOINT:
                 self._drop_checkpoints()
-            self._parcels.append(parcel)
+                self._parcels.appendleft(parcel)  # worth more than any sample
+            else:
+                self._parcels.append(parcel)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="courier", daemon=True)
                 self._thread.start()
             self._change.notify_all()
 
     def _drop_checkpoints(self) -> None:
-        waiting = [item for item in self._parcels if item.fact is not Fact.TRAINING_CHECKPOINT]
-        self._parcels = deque(waiting)
+        for item in [*self._parcels]:
+            if item.fact is Fact.TRAINING_CHECKPOINT:
+                self._parcels.remove(item)
+                shutil.rmtree(item.path, ignore_errors=True)
 
     def _run(self) -> None:
         files = self._files()
@@ -101,14 +149,32 @@ class Courier:
             self._samples.append(stored)
             self._report(parcel.fact, {**parcel.said, **stored.to_dict()})
             return
-        # a name of its own for every try: storage never overwrites
-        folder = f"checkpoints/{parcel.said.get('step', 0)}-{secrets.token_hex(3)}"
-        paths = sorted(
-            item for item in parcel.path.rglob("*") if item.is_file() and item.stat().st_size
-        )
-        names = [f"{folder}/{path.relative_to(parcel.path).as_posix()}" for path in paths]
+        try:
+            self._deliver_checkpoint(files, parcel)
+        finally:
+            shutil.rmtree(parcel.path, ignore_errors=True)
+
+    def _deliver_checkpoint(self, files: Files, parcel: _Parcel) -> None:
+        folder, prefix = parcel.path, f"checkpoints/{parcel.path.name}/"
+        paths = sorted(path for path in folder.rglob("*") if path.is_file())
         done = [
-            files.upload(Upload(name=name, path=path))
-            for name, path in zip(names, paths, strict=True)
+            files.upload(Upload(name=prefix + path.relative_to(folder).as_posix(), path=path))
+            for path in paths
         ]
+        manifest = {
+            **self._about,
+            "step": parcel.said.get("step"),
+            "files": [{**item.to_dict(), "name": item.name.removeprefix(prefix)} for item in done],
+        }
+        (folder / MANIFEST).write_text(json.dumps(manifest))
+        done.append(files.upload(Upload(name=prefix + MANIFEST, path=folder / MANIFEST)))
         self._report(parcel.fact, {**parcel.said, "files": [item.to_dict() for item in done]})
+
+
+def _link(path: Path, goal: Path) -> None:
+    """The same file under a second name; a copy where the disk knows no second names."""
+    goal.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(path, goal)
+    except OSError:
+        shutil.copyfile(path, goal)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import NoReturn
 
 
 class Fault(Exception):
@@ -27,6 +28,7 @@ class Halt:
     def __init__(self) -> None:
         self._event = threading.Event()
         self._lock = threading.Lock()
+        self._warning = ""
         self.reason = ""
 
     def call(self, reason: str) -> bool:
@@ -37,6 +39,28 @@ class Halt:
             self.reason = reason
             self._event.set()
             return True
+
+    def warn(self, reason: str, grace_s: float) -> None:
+        """The work will be ended in `grace_s` seconds; what can be saved until then is to be.
+
+        Whoever has nothing to save (any more) calls `leave`. Further warnings change nothing.
+        """
+        with self._lock:
+            if self._warning or self._event.is_set():
+                return
+            self._warning = reason
+        timer = threading.Timer(grace_s, self.call, (reason,))
+        timer.daemon = True
+        timer.start()
+
+    @property
+    def warned(self) -> bool:
+        return bool(self._warning)
+
+    def leave(self) -> NoReturn:
+        """End the work that was warned. Raises: Halted."""
+        self.call(self._warning)
+        raise Halted(self.reason)
 
     def check(self) -> None:
         """Raises: Halted."""

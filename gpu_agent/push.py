@@ -55,11 +55,16 @@ class _Slot:
     headers: Mapping[str, str] = field(repr=False)
 
 
+class Gone(Fault):
+    """The server knows no such file, or found it missing in storage: no later try will help."""
+
+
 class Files:
     """Asks the server for addresses, and uploads. Each thread needs one of its own.
 
     Args:
         on_heard: called whenever the server answered.
+        moved: called with the number of bytes that went out.
     """
 
     def __init__(
@@ -69,18 +74,19 @@ class Files:
         clock: Clock,
         halt: Halt,
         on_heard: Callable[[], None],
+        moved: Callable[[int], None],
         delays: Sequence[float] = DELAYS,
     ) -> None:
         self._spec, self._clock, self._halt, self._on_heard = spec, clock, halt, on_heard
-        self._delays = delays
+        self._moved, self._delays = moved, delays
         self._session = requests.Session()
         self._session.trust_env = False
 
     def fresh(self, what: str) -> Download:
-        """A new address for `dataset`, `base` or the checkpoint file `what`.
+        """A new address for `dataset`, `base` or a file of a checkpoint, by its name in the spec.
 
         Raises:
-            Fault: `download.failed` when the server gives none.
+            Fault: `download.failed` when the server gives none; `Gone` when it never will.
         """
         answer = self._ask({"get": [what]}, code="download.failed")
         given = _object(_object(answer.get("get")).get(what))
@@ -88,7 +94,7 @@ class Files:
         try:
             return Download(**known)
         except TypeError:
-            raise Fault(
+            raise Gone(
                 "download.failed", f"the server gave no address for {what}", retryable=True
             ) from None
 
@@ -131,7 +137,7 @@ class Files:
                 answer = self._session.put(
                     slot.url,
                     # an empty file object would be sent in chunks, which S3 refuses
-                    data=_Stream(stream.read, size, self._halt) if size else b"",
+                    data=_Stream(stream.read, size, self._halt, self._moved) if size else b"",
                     headers={"content-type": "application/octet-stream", **slot.headers},
                     timeout=PUT_TIMEOUT,
                     allow_redirects=False,
@@ -197,15 +203,19 @@ class Files:
 class _Stream:
     """A body of known length that is read in pieces, and ends when the work does."""
 
-    def __init__(self, read: Callable[[int], bytes], size: int, halt: Halt) -> None:
-        self._read, self._size, self._halt = read, size, halt
+    def __init__(
+        self, read: Callable[[int], bytes], size: int, halt: Halt, moved: Callable[[int], None]
+    ) -> None:
+        self._read, self._size, self._halt, self._moved = read, size, halt, moved
 
     def __len__(self) -> int:
         return self._size
 
     def read(self, amount: int = CHUNK) -> bytes:
         self._halt.check()
-        return self._read(amount)
+        chunk = self._read(amount)
+        self._moved(len(chunk))
+        return chunk
 
     def __iter__(self) -> Iterator[bytes]:
         while chunk := self.read():

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import queue
 import re
 import shutil
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gpu_agent import pull
-from gpu_agent.courier import Courier
+from gpu_agent.courier import MANIFEST, Courier
 from gpu_agent.gpu import probe
 from gpu_agent.halt import Fault, Halt
 from gpu_agent.methods import Method, Paths
 from gpu_agent.methods.process import Trainer
 from gpu_agent.methods.requirements import install
-from gpu_agent.push import Files, Upload
+from gpu_agent.push import Files, Gone, Upload
 from gpu_agent.wire import Download, Fact, JobSpec, Order
 
 log = logging.getLogger(__name__)
@@ -43,6 +45,11 @@ class Patience:
     file_delays: Sequence[float] = pull.DELAYS
     #: From SIGTERM to SIGKILL, for a trainer that is not needed any more.
     stop_grace_s: float = 3.0
+    #: For the last checkpoint to be uploaded after a trainer failed.
+    salvage_s: float = 60.0
+    #: For saving and uploading on a machine that is taken away. Containers get 10 s by custom, of
+    #: which the last words take some.
+    grace_s: float = 6.5
     #: Between looks at what else there is.
     tick_s: float = 0.1
 
@@ -69,6 +76,7 @@ class Work:
 
     Args:
         home: a folder for everything; what an earlier run of the agent left there is used.
+        moved: called with a number whenever something went forward.
         files: makes a `Files`; each thread takes one of its own.
         log_tail: the last lines of the log, the trainer's among them.
     """
@@ -81,6 +89,7 @@ class Work:
         *,
         report: Report,
         halt: Halt,
+        moved: Callable[[int], None],
         files: Callable[[], Files],
         log_tail: Callable[[], list[str]],
         patience: Patience,
@@ -88,11 +97,28 @@ class Work:
         self._log_tail = log_tail
         self._spec, self._home, self._method = spec, home, method
         self._report, self._halt, self._files = report, halt, files
-        self._patience = patience
+        self._moved, self._patience = moved, patience
+        self._line = pull.Line(
+            least=spec.min_download_mbps, most=_imitated_mbps(os.environ), moved=moved
+        )
         self._orders: queue.SimpleQueue[Order] = queue.SimpleQueue()
         self._result: dict[str, Any] | None = None
-        self._courier = Courier(files, report=report, halt=halt)
+        self._courier = Courier(
+            files,
+            home / "outbox",
+            about={"job": spec.job, "attempt": spec.attempt},
+            report=report,
+            halt=halt,
+        )
+        self._refused: list[str] = []
+        self._step = 0
+        self._doing: dict[str, Any] = {}
         self.phase = "starting"
+
+    @property
+    def status(self) -> dict[str, Any]:
+        """What a heartbeat says of the work."""
+        return {"phase": self.phase, **self._doing}
 
     def obey(self, order: Order) -> None:
         """Pass an order to the trainer as soon as there is one. May be called by any thread."""
@@ -119,7 +145,7 @@ class Work:
 
     def _enter(self, phase: str) -> None:
         log.info("%s", phase)
-        self.phase = phase
+        self.phase, self._doing = phase, {}
 
     # --- files ---------------------------------------------------------------------------------
 
@@ -175,6 +201,8 @@ class Work:
             halt=self._halt,
             progress=progress,
             mismatch=mismatch,
+            line=self._line,
+            moved=self._moved,
             delays=self._patience.file_delays,
         )
 
@@ -183,6 +211,7 @@ class Work:
         if images.exists():  # it appears only when it is whole
             self._report(Fact.IMAGES_READY, {})
             return images
+        began = time.monotonic()
         archive = self._pull(
             "dataset",
             self._spec.dataset,
@@ -197,57 +226,107 @@ class Work:
             progress=lambda done, total: self._report(
                 Fact.IMAGES_PROGRESS, {"files": done, "files_total": total}
             ),
+            moved=self._moved,
         )
         archive.unlink()
-        self._report(Fact.IMAGES_READY, {"images": count, "bytes": self._spec.dataset.bytes})
+        size = self._spec.dataset.bytes
+        self._report(Fact.IMAGES_READY, {"images": count, "bytes": size, **self._speed(began)})
         return images
+
+    def _speed(self, began: float) -> dict[str, Any]:
+        """How long a file took, and how fast all downloads together were until then."""
+        return {"seconds": round(time.monotonic() - began, 1), "mbps": self._line.mbps}
 
     def _pull_base(self) -> Path:
         download = self._spec.base
         name = re.sub(r"[^A-Za-z0-9._-]", "_", download.name)[-100:].lstrip(".") or "base"
         path = self._home / "base" / (name.removesuffix(".safetensors") + ".safetensors")
+        began = time.monotonic()
         self._pull("base", download, path, "model.checksum", Fact.MODEL_PROGRESS)
         tensors = pull.check_safetensors(path)
-        self._report(Fact.MODEL_READY, {"bytes": path.stat().st_size, "tensors": tensors})
+        size = path.stat().st_size
+        self._report(
+            Fact.MODEL_READY, {"bytes": size, "tensors": tensors, **self._speed(began)}
+        )
         return path
 
     def _pull_resume(self) -> Path | None:
-        """The checkpoint to go on from: this machine's own after a restart, else the spec's."""
+        """A folder of checkpoints: this machine's own after a restart, else the spec's.
+
+        One that cannot be had whole is left out: that costs its steps, not the job.
+        """
         kept = self._home / "checkpoint"
         if kept.exists() and (own := Path(kept.read_text())).is_dir():
-            return own
+            return own.parent
         folder = self._home / "resume"
+        offered = [item.name.split("/")[1] for item in self._spec.resume if "/" in item.name]
+        for name in dict.fromkeys(offered):
+            try:
+                self._pull_checkpoint(folder, name)
+            except Fault as fault:
+                if fault.code != "checkpoint.corrupt" and not isinstance(fault, Gone):
+                    raise
+                shutil.rmtree(folder / name, ignore_errors=True)
+                log.warning("checkpoint %s is not used: %s", name, fault.message)
+                self._refused.append(f"{name}: {fault.message}")
+        return folder if folder.is_dir() and any(folder.iterdir()) else None
+
+    def _pull_checkpoint(self, folder: Path, name: str) -> None:
+        """Raises: Fault `checkpoint.corrupt`, `Gone`, and as `pull.pull`."""
+        prefix = f"checkpoints/{name}/"
+        items = [item for item in self._spec.resume if item.name.startswith(prefix)]
+        for item in items:
+            if not _NAME.fullmatch(item.name):
+                raise _corrupt(f"{item.name!r} is no name for a file")
+            path = folder / item.name.removeprefix("checkpoints/")
+            self._pull(item.name, item, path, "checkpoint.corrupt", None)
         try:
-            for item in self._spec.resume:
-                name = _relative(item.name)
-                self._pull("resume", item, folder / name, "checkpoint.corrupt", None)
-        except Fault as fault:
-            if fault.code != "checkpoint.corrupt":
-                raise
-            log.warning("the checkpoint cannot be used, training starts anew: %s", fault.message)
-            return None
-        return folder if self._spec.resume else None
+            manifest = json.loads((folder / name / MANIFEST).read_bytes())
+            promised = {(file["name"], file["sha256"]) for file in manifest["files"]}
+            origin = manifest["job"], str(manifest["step"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise _corrupt(f"its manifest cannot be read: {error!r}") from None
+        got = {(item.name.removeprefix(prefix), item.sha256) for item in items}
+        if {file for file in got if file[0] != MANIFEST} != promised:
+            raise _corrupt("its manifest lists other files")
+        if origin != (self._spec.job, name.partition("-")[0]):
+            raise _corrupt("its manifest is of another job or step")
 
     def _install(self) -> None:
         install(
             self._method.requirements,
             work=self._home / "work",
             halt=self._halt,
-            on_text=spoken.info,
+            on_text=self._hear_pip,
         )
+
+    def _hear_pip(self, line: str) -> None:
+        self._moved(1)
+        spoken.info("%s", line)
 
     # --- training ------------------------------------------------------------------------------
 
     def _train(self, paths: Paths) -> None:
         launch = self._method.launch(self._spec, paths)
-        self._report(Fact.FILES_POSITIONED, {"resumed": paths.resume is not None})
+        self._report(
+            Fact.FILES_POSITIONED,
+            {"resumed": paths.resume is not None, "refused": self._refused},
+        )
         trainer = Trainer(self._method, launch, cwd=paths.work, on_text=spoken.info)
         try:
             code = self._follow(trainer)
+            if self._result is None or code != 0:
+                raise _crash(code, self._log_tail())
+        except Fault as fault:
+            if fault.retryable:
+                # what was saved last may still be on its way, and somebody will go on from it
+                self._courier.settle(self._patience.salvage_s)
+                if self._halt.warned:
+                    self._halt.leave()
+            raise
         finally:
-            trainer.stop(self._patience.stop_grace_s)
-        if self._result is None or code != 0:
-            raise _crash(code, self._log_tail())
+            # who was warned had its time
+            trainer.stop(0.0 if self._halt.warned else self._patience.stop_grace_s)
         (self._home / "result.json").write_text(json.dumps(self._result))
         self._report(Fact.TRAINING_COMPLETED, _about(self._result))
 
@@ -270,7 +349,11 @@ class Work:
             case "started":
                 self._report(Fact.TRAINING_STARTED, said)
             case "progress":
+                self._forward(said.get("step"))
                 self._report(Fact.TRAINING_PROGRESS, said)
+            case "alive":
+                self._doing = {"doing": said.get("phase"), **_counted(said)}
+                self._moved(1)
             case "validation":
                 self._report(Fact.TRAINING_PROGRESS, _validation(said))
             case "checkpoint" if (path := self._own(event.get("path"))) and path.is_dir():
@@ -288,6 +371,13 @@ class Work:
                 )
             case _:
                 spoken.info("%s", json.dumps(event))
+
+    def _forward(self, step: object) -> None:
+        """Steps are progress, saying the same one again is not."""
+        self._doing = {}
+        if isinstance(step, int) and step > self._step:
+            self._moved(step - self._step)
+            self._step = step
 
     def _own(self, text: object) -> Path | None:
         """A path below the trainer's folders, or None."""
@@ -347,6 +437,11 @@ class Work:
         return Upload(name="training.log", path=copy)
 
 
+def _imitated_mbps(env: Mapping[str, str]) -> float:
+    """How fast the line is that a sandbox's machine pretends to have; 0 on a real one."""
+    return float(env.get("STOKER_SANDBOX_DOWNLOAD_MBPS", "0")) * (env.get("STOKER_SANDBOX") == "1")
+
+
 def _no_result(why: str) -> Fault:
     return Fault("trainer.crashed", f"the trainer's result cannot be used: {why}", retryable=True)
 
@@ -362,13 +457,12 @@ def _validation(said: Mapping[str, Any]) -> dict[str, Any]:
     return {"validation_loss": loss, "validation_stderr": stderr, "points": [point]}
 
 
-def _relative(name: str) -> Path:
-    """`checkpoints/00000200-a1b2c3/lora.safetensors` → `lora.safetensors`. Raises: Fault."""
-    parts = name.split("/")
-    inside = parts[2:] if parts[0] == "checkpoints" and len(parts) > 2 else parts
-    if not _NAME.fullmatch("/".join(inside)):
-        raise Fault("checkpoint.corrupt", f"{name!r} is no name for a file", retryable=False)
-    return Path(*inside)
+def _counted(said: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: said[key] for key in ("done", "total") if key in said}
+
+
+def _corrupt(why: str) -> Fault:
+    return Fault("checkpoint.corrupt", why, retryable=False)
 
 
 def _crash(code: int, last_lines: Sequence[str]) -> Fault:

@@ -88,6 +88,7 @@ class Stoker:
     def __init__(self, address: str) -> None:
         self.url = address
         self.secret = wire.new_secret()
+        self.attempt = 1
         self.objects: dict[str, bytes] = {}
         self.uploads: dict[str, bytes] = {}
         self.faults: dict[str, deque[Any]] = defaultdict(deque)
@@ -128,20 +129,29 @@ class Stoker:
     def job_spec(self) -> wire.JobSpec:
         given = {
             "job": "job_1",
-            "attempt": 1,
+            "attempt": self.attempt,
             "dataset": self.download("dataset", "dataset.zip"),
             "base": self.download("base", "tiny.safetensors"),
             "base_family": "sd1",
             "method": "fake",
             "recipe": {"steps": 3},
             "secret": self.secret,
-            "report_url": f"{self.url}/agent/v1/jobs/job_1/attempts/1/reports",
-            "files_url": f"{self.url}/agent/v1/jobs/job_1/attempts/1/files",
+            "report_url": f"{self.url}/agent/v1/jobs/job_1/attempts/{self.attempt}/reports",
+            "files_url": f"{self.url}/agent/v1/jobs/job_1/attempts/{self.attempt}/files",
             "lease_ends_at": time.time() + 3600,
             "heartbeat_s": 0.2,
             "progress_s": 0.05,
         }
         return wire.JobSpec(**(given | self.spec))
+
+    def move(self) -> None:
+        """The machine is lost: another one resumes from what was uploaded, in another attempt."""
+        reported = [item for item in self.reports if item.type == "training.checkpoint"]
+        files = [file["name"] for item in reported[:-3:-1] for file in item.data["files"]]
+        self.offer(**{name: self.uploads[name] for name in files})
+        self.spec["resume"] = tuple(self.download(name, name) for name in files)
+        self.attempt += 1
+        self.hellos.clear()
 
     def address_of(self, what: str) -> str:
         return f"{self.url}/s3/{what}?X-Signature=url-canary-{self.generation}"
@@ -222,7 +232,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _hello(self, body: bytes) -> tuple[int, bytes]:
         said = json.loads(body)
         known = self.stoker.hellos
-        if said["token"] != TOKEN or any(item != said for item in known):
+        if said["token"] != TOKEN or any(item["nonce"] != said["nonce"] for item in known):
             return 401, b"{}"
         known.append(said)
         return 200, self.stoker.job_spec().to_bytes()
@@ -262,14 +272,17 @@ class _Handler(BaseHTTPRequestHandler):
             }
             for item in asked.get("put", [])
         }
+        offered = {"dataset": spec.dataset, "base": spec.base}
+        offered |= {item.name: item for item in spec.resume if item.name in stoker.objects}
         get = {
             what: {
-                "url": getattr(spec, what).url,
-                "name": getattr(spec, what).name,
-                "bytes": getattr(spec, what).bytes,
-                "sha256": getattr(spec, what).sha256,
+                "url": stoker.address_of(what),
+                "name": offered[what].name,
+                "bytes": offered[what].bytes,
+                "sha256": offered[what].sha256,
             }
             for what in asked.get("get", [])
+            if what in offered
         }
         return 200, json.dumps({"put": put, "get": get}).encode()
 
@@ -277,7 +290,9 @@ class _Handler(BaseHTTPRequestHandler):
         if self.stoker.expired:
             return 403, b"<Error><Code>AccessDenied</Code></Error>"
         name = self.path.split("?")[0].removeprefix("/s3/")
-        content = self.stoker.objects[name]
+        content = self.stoker.objects.get(name)
+        if content is None:
+            return 404, b"<Error><Code>NoSuchKey</Code></Error>"
         wanted = re.fullmatch(r"bytes=(\d+)-", self.headers.get("range", ""))
         if wanted:
             start = int(wanted[1])
@@ -460,12 +475,12 @@ class Running:
     def __init__(self, agent: Agent, halt: Halt, home: Path) -> None:
         self.halt, self.home = halt, home
         self.code: int | None = None
-        self._agent = agent
+        self.agent = agent
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
 
     def _run(self) -> None:
-        self.code = self._agent.run()
+        self.code = self.agent.run()
 
     def join(self, seconds: float = 30.0) -> int:
         self._thread.join(seconds)
@@ -482,9 +497,15 @@ def start(stoker: Stoker, tmp_path: Path) -> Iterator[Callable[..., Running]]:
     logger = logging.getLogger("gpu_agent")
     logger.setLevel(logging.INFO)
 
-    def begin(code: str = GOOD, *, requirements: tuple[str, ...] = ()) -> Running:
+    def begin(
+        code: str = GOOD,
+        *,
+        requirements: tuple[str, ...] = (),
+        grace_s: float = 6.5,
+        name: str = "home",
+    ) -> Running:
         journal, halt = Journal(), Halt()
-        home = tmp_path / "home"
+        home = tmp_path / name
         home.mkdir(exist_ok=True)
         handlers.extend([journal, logging.FileHandler(home / "agent.log")])
         for handler in handlers[-2:]:
@@ -503,7 +524,9 @@ def start(stoker: Stoker, tmp_path: Path) -> Iterator[Callable[..., Running]]:
             methods={"fake": lambda: FakeMethod(code, requirements)},
             delays=(0.02, 0.05),
             hello_delays=(0.02,) * 5,
-            patience=Patience(file_delays=(0.02,) * 5, stop_grace_s=1.0, tick_s=0.02),
+            patience=Patience(
+                file_delays=(0.02,) * 5, stop_grace_s=1.0, grace_s=grace_s, tick_s=0.02
+            ),
         )
         running.append(Running(agent, halt, home))
         return running[-1]

@@ -76,7 +76,8 @@ def agent_of(shell):
     """The pid of the agent that the start script runs."""
     children = Path(f"/proc/{shell.pid}/task/{shell.pid}/children").read_text().split()
     for pid in children:
-        if b"gpu_agent.pyz" in Path(f"/proc/{pid}/cmdline").read_bytes():
+        # not the script's own subshell, of which it is a part of the text
+        if Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[1:2] == [b"gpu_agent.pyz"]:
             return int(pid)
     return None
 

@@ -152,7 +152,11 @@ def test_checkpoints_and_samples_are_uploaded_while_training(stoker, start, unti
     checkpoint = stoker.report("training.checkpoint").data
     assert (checkpoint["step"], checkpoint["best"]) == (2, True)
     names = [item["name"] for item in checkpoint["files"]]
-    assert [name.split("/", 2)[2] for name in names] == ["deep/state.bin", "lora.safetensors"]
+    assert [name.split("/", 2)[2] for name in names] == [
+        "deep/state.bin",
+        "lora.safetensors",
+        "manifest.json",
+    ]
     assert all(stoker.uploads[name] for name in names)
     sample = stoker.report("training.sample").data
     assert (sample["prompt"], sample["name"]) == ("a dog", "samples/sample-2.png")
@@ -214,32 +218,6 @@ def test_no_process_of_a_trainer_that_will_not_stop_is_left(stoker, start, until
     stoker.orders = ["cancel"]
     assert agent.join() == 1
     until(lambda: not any(alive(pid) for pid in pids))
-
-
-def test_a_retry_goes_on_from_the_checkpoint_of_the_spec(stoker, start, files):
-    stoker.offer(state=b"state of step 2", weights=b"weights of step 2")
-    stoker.spec["resume"] = tuple(
-        stoker.download(what, name)
-        for what, name in (
-            ("state", "checkpoints/2-abcdef/deep/state.bin"),
-            ("weights", "checkpoints/2-abcdef/lora.safetensors"),
-        )
-    )
-    code = """
-    read = lambda name: open(os.path.join(job["resume_dir"], name)).read()
-    assert read("deep/state.bin") == "state of step 2"
-    assert read("lora.safetensors") == "weights of step 2"
-    complete()
-    """
-    assert start(code).join() == 0
-    assert stoker.report("files.positioned").data == {"resumed": True}
-
-
-def test_a_checkpoint_that_arrives_wrong_is_not_used(stoker, start):
-    stoker.offer(state=b"state of step 2")
-    wrong = stoker.download("state", "checkpoints/2-abcdef/state.bin", sha256="0" * 64)
-    stoker.spec["resume"] = (wrong,)
-    assert start("assert job['resume_dir'] is None\ncomplete()").join() == 0
 
 
 def test_a_trainer_sees_no_secret(stoker, start, monkeypatch):
