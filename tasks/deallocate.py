@@ -441,7 +441,9 @@ def _lost(
         if lease.status is not LeaseStatus.RENTED:
             continue
         mine = _of(lease, listed)
-        vanished = not mine and lease.absent + 1 >= ABSENT_LISTS
+        # What no list showed yet may still appear.
+        proven = renting.was_shown(lease) or renting.settled(lease, now, keeper.rules)
+        vanished = not mine and proven and lease.absent + 1 >= ABSENT_LISTS
         vanished = vanished and keeper.is_gone(lease.instance_id)
         with keeper.store.transaction() as tx:
             # Jobs are locked before what hangs on them; `machine_failed` wants it.

@@ -81,6 +81,16 @@ def test_a_machine_too_young_for_any_list_is_not_taken_for_gone(clock: Any) -> N
     assert market.running() == []
 
 
+def test_a_machine_too_young_for_any_list_is_not_taken_for_lost(clock: Any) -> None:
+    world = World(clock, MemoryProvider(clock, [offer(1)], read_lag_s=20))
+    world.add_job()
+    world.tick()
+    for _ in range(5):
+        clock.advance(1)
+        sweep(world.keeper, "test")
+    assert world.leases()[0].status is LeaseStatus.RENTED
+
+
 class Forgetful(MemoryProvider):
     """A market whose list is readable, and empty."""
 
