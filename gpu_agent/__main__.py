@@ -38,7 +38,13 @@ def charge_from(env: MutableMapping[str, str]) -> Charge:
     home = Path(env.get("STOKER_HOME") or Path.home() / "stoker")
     # a folder per token: what another attempt left on this machine is not ours
     own = home.absolute() / hashlib.sha256(token.encode()).hexdigest()[:16]
-    return Charge(url=url, token=token, home=own, instance=instance if number and key else None)
+    return Charge(
+        url=url,
+        token=token,
+        home=own,
+        instance=instance if number and key else None,
+        promise=home / "due",
+    )
 
 
 def _log_to(home: Path, journal: Journal) -> None:

@@ -12,15 +12,19 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from gpu_agent import hello, report
 from gpu_agent.clock import Clock
-from gpu_agent.deadman import DeadMan, Instance
+from gpu_agent.deadman import DeadMan, Instance, Promise
+from gpu_agent.gpu import Gauge, machine
 from gpu_agent.halt import Fault, Halt, Halted
 from gpu_agent.hello import GiveUp, introduce
 from gpu_agent.journal import Journal
 from gpu_agent.methods import Method
 from gpu_agent.methods.lora import Lora
+from gpu_agent.moved import Moved
+from gpu_agent.pull import disk_faults
 from gpu_agent.push import Files
 from gpu_agent.report import Reporter, Spool
 from gpu_agent.wire import Fact, JobSpec, Order
@@ -37,12 +41,14 @@ LAST_WORDS_S = 2.5
 
 @dataclass(frozen=True, kw_only=True)
 class Charge:
-    """What the machine was started with. `home` is the agent's own folder, kept over restarts."""
+    """What the machine was started with. `home` is the agent's own folder, kept over restarts;
+    `promise` is where the start script looks how long the agent may take."""
 
     url: str
     token: str = field(repr=False)
     home: Path
     instance: Instance | None = None
+    promise: Path | None = None
 
 
 class Agent:
@@ -69,7 +75,14 @@ class Agent:
         self._charge, self._halt, self._clock, self._journal = charge, halt, clock, journal
         self._methods, self._patience = methods, patience or Patience()
         self._delays, self._hello_delays = delays, hello_delays
-        self._deadman = DeadMan(charge.instance, clock=clock, on_end=halt.call)
+        self._moved = Moved(charge.home / "moved")
+        self._deadman = DeadMan(
+            charge.instance,
+            clock=clock,
+            on_end=halt.call,
+            promise=Promise(charge.promise) if charge.promise else None,
+        )
+        self._gauge = Gauge(halt)
         self._work: Work | None = None
 
     def run(self) -> int:
@@ -101,6 +114,7 @@ class Agent:
             charge.url,
             charge.token,
             charge.home,
+            machine=machine(charge.home),
             clock=self._clock,
             halt=self._halt,
             delays=self._hello_delays,
@@ -109,6 +123,7 @@ class Agent:
         self._deadman.limit(lease_ends_at=spec.lease_ends_at, silence_limit_s=spec.silence_limit_s)
         reporter = self._reporter(spec)
         reporter.start()
+        self._gauge.start()
         try:
             return self._attempt(spec, reporter)
         finally:
@@ -122,15 +137,22 @@ class Agent:
             halt=self._halt,
             on_order=self._obey,
             on_heard=self._deadman.heard,
-            status=lambda: self._work.status if self._work else {"phase": "starting"},
+            status=self._status,
+            moved=self._moved.read,
             log_lines=self._journal.take,
             delays=self._delays,
         )
 
+    def _status(self) -> dict[str, Any]:
+        """What a heartbeat says."""
+        about = self._work.status if self._work else {"phase": "starting"}
+        return {**about, "gpu": self._gauge.read}
+
     def _attempt(self, spec: JobSpec, reporter: Reporter) -> bool:
         """Whether the job was done. Whatever ended it was reported when this returns."""
         try:
-            self._do(spec, reporter)
+            with disk_faults():
+                self._do(spec, reporter)
             self._flush(reporter)
             # asked of the fact itself: a later report may be told that all is over by now
             return Fact.WEIGHTS_UPLOADED in reporter.taken
@@ -163,22 +185,19 @@ class Agent:
             make(),
             report=reporter.put,
             halt=self._halt,
-            moved=self._moved,
+            moved=self._moved.add,
             files=lambda: Files(
                 spec,
                 clock=self._clock,
                 halt=self._halt,
                 on_heard=self._deadman.heard,
-                moved=self._moved,
+                moved=self._moved.add,
                 delays=self._patience.file_delays,
             ),
             log_tail=self._journal.tail,
             patience=self._patience,
         )
         self._work.do()
-
-    def _moved(self, count: int) -> None:
-        """Something went forward by so much."""
 
     def _tell(self, reporter: Reporter, fault: Fault) -> None:
         data = {"code": fault.code, "message": fault.message, "retryable": fault.retryable}

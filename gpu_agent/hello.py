@@ -6,8 +6,9 @@ import json
 import logging
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import requests
 
@@ -31,6 +32,7 @@ def introduce(
     token: str,
     home: Path,
     *,
+    machine: Mapping[str, Any],
     clock: Clock,
     halt: Halt,
     delays: Sequence[float] = DELAYS,
@@ -38,17 +40,23 @@ def introduce(
     """Get the job's spec from the server at `url`, or from `home` after a restart.
 
     The nonce is on disk before the token is used, so that the answer can be asked for again
-    when it was lost; the spec is on disk before anything is done with it.
+    when it was lost; the spec is on disk before anything is done with it. On a full disk both
+    are only remembered: then the server is at least told what is wrong here.
+
+    Args:
+        machine: what this machine is; the server may refuse it for that.
 
     Raises:
-        GiveUp: the token is unknown or used, the attempt is over, or nobody answered for long.
+        GiveUp: the token is unknown or used, the attempt is over, the server does not want this
+            machine, or nobody answered for long.
         Halted: the work was told to end.
     """
     kept = home / "spec.json"
     if kept.exists() and (spec := _read(kept.read_bytes())):
         return spec
     nonce = _nonce(home / "nonce")
-    body = json.dumps({"token": token, "nonce": nonce, "version": VERSION}).encode()
+    said = {"token": token, "nonce": nonce, "version": VERSION, "machine": machine}
+    body = json.dumps(said).encode()
     for delay in (*delays, None):
         answer = _ask(f"{url.rstrip('/')}/agent/v1/hello", body)
         if answer is not None:
@@ -89,17 +97,22 @@ def _read(body: bytes) -> JobSpec | None:
 
 
 def _nonce(path: Path) -> str:
-    if not path.exists():
-        _write(path, secrets.token_hex(16).encode())
-    return path.read_text()
+    if path.exists():
+        return path.read_text()
+    made = secrets.token_hex(16)
+    _write(path, made.encode())
+    return made
 
 
 def _write(path: Path, content: bytes) -> None:
     """Whole or not at all, and for nobody else to read."""
     growing = path.with_name(path.name + ".new")
-    descriptor = os.open(growing, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    growing.replace(path)
+    try:
+        descriptor = os.open(growing, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        growing.replace(path)
+    except OSError as error:
+        log.warning("%s is not kept: %s", path.name, error)

@@ -41,6 +41,8 @@ TIMEOUT = (10.0, 30.0)
 DELAYS = (1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 60.0)
 #: An address that expired, or that the storage does not know: another one may do.
 STALE_URL = frozenset({401, 403, 404, 410})
+#: How programs say, in small letters, that the disk is full.
+NO_SPACE = "no space left on device"
 #: Room that is left on the disk beside what we put there (bytes).
 MARGIN = 256 << 20
 
@@ -161,6 +163,10 @@ def check_space(folder: Path, needed: int) -> None:
         )
 
 
+def disk_full() -> Fault:
+    return Fault("host.disk_full", "no space is left on the disk", retryable=True)
+
+
 @contextlib.contextmanager
 def disk_faults() -> Iterator[None]:
     """A full disk as a `Fault`, wherever it is noticed."""
@@ -168,7 +174,7 @@ def disk_faults() -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise Fault("host.disk_full", "no space is left on the disk", retryable=True) from None
+            raise disk_full() from None
         raise
 
 

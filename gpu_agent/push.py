@@ -197,6 +197,7 @@ class Files:
             while chunk := stream.read(CHUNK):
                 self._halt.check()
                 digest.update(chunk)
+                self._moved(len(chunk))
         return digest.hexdigest()
 
 

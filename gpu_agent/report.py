@@ -296,6 +296,7 @@ class Reporter:
             with self._wake:
                 self._news = False
             self._collect_log()
+            self._beat()
             try:
                 seq, fact, at, data = self._spool.first(self._is_due)
             except LookupError:
@@ -312,6 +313,14 @@ class Reporter:
         if not self._flushing and (lines := self._log_lines()):
             self._keep(Fact.LOG_LINES, {"lines": lines})
 
+    def _beat(self) -> None:
+        """A heartbeat, where nothing else said for long how far the work moved."""
+        now = self._clock.monotonic()
+        if now - self._counted_at >= self._spec.heartbeat_s:
+            self._counted_at = now
+            self._sent.pop(Fact.HEARTBEAT, None)
+            self._keep(Fact.HEARTBEAT, self._status())
+
     def _is_due(self, fact: Fact) -> bool:
         last = self._sent.get(fact)
         return (
@@ -322,10 +331,6 @@ class Reporter:
 
     def _idle(self) -> None:
         """Wait for a report, for progress to come due, or for the heartbeat."""
-        if self._clock.monotonic() - self._counted_at >= self._spec.heartbeat_s:
-            self._sent.pop(Fact.HEARTBEAT, None)
-            self._keep(Fact.HEARTBEAT, self._status())
-            return
         with self._wake:
             self._wake.wait_for(
                 lambda: self._news or self._closed,

@@ -131,7 +131,7 @@ class Work:
             Fault: it cannot go on.
             Halted: it was told to end.
         """
-        about = probe()
+        about = probe(self._home)
         log.info("this machine: %s", about)
         self._report(Fact.GPU_READY, about)
         paths = self._prepare()
@@ -245,9 +245,7 @@ class Work:
         self._pull("base", download, path, "model.checksum", Fact.MODEL_PROGRESS)
         tensors = pull.check_safetensors(path)
         size = path.stat().st_size
-        self._report(
-            Fact.MODEL_READY, {"bytes": size, "tensors": tensors, **self._speed(began)}
-        )
+        self._report(Fact.MODEL_READY, {"bytes": size, "tensors": tensors, **self._speed(began)})
         return path
 
     def _pull_resume(self) -> Path | None:
@@ -470,6 +468,8 @@ def _crash(code: int, last_lines: Sequence[str]) -> Fault:
     said = "\n".join(last_lines).lower()
     if "out of memory" in said or "outofmemory" in said:
         return Fault("trainer.oom", "the trainer ran out of memory", retryable=True)
+    if pull.NO_SPACE in said:
+        return pull.disk_full()
     if code == -9:
         why = "was killed (signal 9); perhaps the machine ran out of memory"
     elif code < 0:

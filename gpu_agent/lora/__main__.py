@@ -89,7 +89,7 @@ def _translate(error: Exception) -> TrainerError:
             retryable=True,
         )
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return TrainingError("trainer.disk_full", "the machine's disk is full", retryable=True)
+        return TrainingError("host.disk_full", "the machine's disk is full", retryable=True)
     return TrainingError("trainer.internal", f"{type(error).__name__}: {error}", retryable=True)
 
 

@@ -81,7 +81,7 @@ def install(
     """Install what is missing; what that was.
 
     Raises:
-        Fault: `install.failed`.
+        Fault: `install.failed` or `host.disk_full`.
         Halted: the work was told to end; pip was ended with it.
     """
     wanted = missing(requirements, version_of)
@@ -96,6 +96,8 @@ def install(
         if code == 0:
             importlib.invalidate_caches()
             return wanted
+    if "no space left on device" in last.lower():
+        raise Fault("host.disk_full", f"pip: {last}", retryable=True)
     raise Fault("install.failed", f"pip ended with {code}: {last}", retryable=True)
 
 

@@ -206,7 +206,7 @@ def test_a_key_that_may_not_destroy_stops_the_machine(stoker, machine):
 
 
 def fast_path(home):
-    """A PATH on which `sleep` does not, except for the watch, which must not end before the rest."""
+    """A PATH on which `sleep` does not, but for the watch, which must not end before the rest."""
     folder = home / "bin"
     folder.mkdir(exist_ok=True)
     (folder / "sleep").write_text('#!/bin/sh\n[ "$1" != 15 ] || exec /bin/sleep 1\n')

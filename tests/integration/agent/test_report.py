@@ -290,7 +290,7 @@ def test_a_spool_on_a_full_disk_goes_on_in_memory(tmp_path):
     spool.put(Fact.GPU_READY, {}, 1.0)
     spool._db.execute("PRAGMA max_page_count = 1")  # SQLite's own way to say that the disk is full
     spool.put(Fact.ERROR, {"log_tail": ["x" * 10_000]}, 2.0)
-    spool.put(Fact.ERROR, {"code": "disk.full"}, 3.0)
+    spool.put(Fact.ERROR, {"code": "host.disk_full"}, 3.0)
     assert spool.waiting() == 3
     seqs = []
     for _ in range(3):

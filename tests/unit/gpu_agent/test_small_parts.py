@@ -8,7 +8,7 @@ import pytest
 
 from gpu_agent.__main__ import charge_from
 from gpu_agent.clock import Clock
-from gpu_agent.gpu import probe
+from gpu_agent.gpu import Gauge, machine, probe
 from gpu_agent.halt import Fault, Halt, Halted
 from gpu_agent.journal import LONGEST, TAIL, WAITING, Journal
 
@@ -69,14 +69,14 @@ def program(tmp_path, script):
     return str(path)
 
 
-def test_a_machine_without_a_driver_is_a_cpu():
-    about = probe("no-such-nvidia-smi")
+def test_a_machine_without_a_driver_is_a_cpu(tmp_path):
+    about = probe(tmp_path, "no-such-nvidia-smi")
     assert (about["device"], about["gpus"]) == ("cpu", 0)
 
 
 def test_a_gpu_is_named_with_its_memory_and_driver(tmp_path):
     rows = "NVIDIA GeForce RTX 4090, 24564, 550.54.15"
-    about = probe(program(tmp_path, f"echo '{rows}'; echo '{rows}'"))
+    about = probe(tmp_path, program(tmp_path, f"echo '{rows}'; echo '{rows}'"))
     assert about["device"] == "cuda"
     assert about["gpu"] == "NVIDIA GeForce RTX 4090"
     assert (about["gpus"], about["vram_mib"], about["driver"]) == (2, 24564, "550.54.15")
@@ -93,8 +93,50 @@ def test_a_gpu_is_named_with_its_memory_and_driver(tmp_path):
 )
 def test_a_driver_without_a_working_gpu_is_a_fault_of_the_host(tmp_path, script):
     with pytest.raises(Fault) as caught:
-        probe(program(tmp_path, script))
+        probe(tmp_path, program(tmp_path, script))
     assert (caught.value.code, caught.value.retryable) == ("gpu.failed", True)
+
+
+def test_the_first_look_never_fails_and_leaves_out_what_is_not_known(tmp_path, monkeypatch):
+    monkeypatch.setenv("CONTAINER_ID", "77")
+    about = machine(tmp_path, "no-such-nvidia-smi")
+    assert about == {"instance": "77", "gpus": 0, "disk_free_gb": about["disk_free_gb"]}
+    assert machine(tmp_path, program(tmp_path, "exit 9"))["gpus"] == 0
+    assert "gpus" not in machine(tmp_path, program(tmp_path, "exec sleep 60"), seconds=0.1)
+    assert "disk_free_gb" not in machine(tmp_path / "gone", "no-such-nvidia-smi")
+
+
+def test_the_first_look_names_the_gpu_its_memory_and_the_newest_cuda(tmp_path):
+    smi = program(
+        tmp_path,
+        """[ $# = 0 ] && echo '| NVIDIA-SMI 570.86  Driver Version: 570.86  CUDA Version: 12.8 |'
+        [ $# = 0 ] || echo 'NVIDIA GeForce RTX 4090, 24564, 570.86'""",
+    )
+    about = machine(tmp_path, smi)
+    del about["disk_free_gb"]
+    assert about == {
+        "gpu_name": "NVIDIA GeForce RTX 4090",
+        "gpus": 1,
+        "vram_mb": 24564,
+        "driver": "570.86",
+        "cuda": "12.8",
+    }
+
+
+def test_a_gauge_shows_what_the_gpu_does_and_nothing_where_it_says_nothing(tmp_path, caplog):
+    for said, shown in (
+        ("97, 11000, 71", {"util": 97, "mem_mb": 11000, "temp": 71}),
+        ("97, 11000, [N/A]", {"util": 97, "mem_mb": 11000, "temp": None}),
+        ("Unable to determine the device handle: GPU is lost", None),
+    ):
+        halt = Halt()
+        gauge = Gauge(halt, program(tmp_path, f"echo '{said}'"))
+        gauge.start()
+        while not (gauge.read or caplog.messages):
+            halt.wait(0.01)
+        halt.call("over")
+        assert gauge.read == shown
+    assert "the GPU does not answer" in caplog.messages[-1]
 
 
 ENV = {
