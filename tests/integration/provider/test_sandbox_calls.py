@@ -194,6 +194,30 @@ def test_a_price_changes_between_search_and_create(opened: Callable[..., Client]
     assert row["dph_base"] == pytest.approx(2 * first["dph_base"])
 
 
+def test_a_price_changes_on_one_machine_alone(opened: Callable[..., Client]) -> None:
+    client = opened()
+    first, second, *_ = client.offers()
+    machine = first["machine_id"]
+    change = Fault(op="search", kind="price_change", factor=0.5, machine=machine, times=2)
+    client.sandbox.faults.add(change)
+    assert client.offers()[0]["dph_base"] == first["dph_base"], "shown are the old prices"
+    again = {offer["machine_id"]: offer["dph_base"] for offer in client.offers()}
+    assert again[machine] == pytest.approx(first["dph_base"] / 2)
+    assert again[second["machine_id"]] == second["dph_base"]
+
+
+def test_who_creates_too_fast_waits_longer(opened: Callable[..., Client]) -> None:
+    now = [1_800_000_000.0]
+    client = opened(rate_limits=True, clock=lambda: now[0])
+    asks, statuses = [offer["id"] for offer in client.offers()], []
+    for ask, pause in zip(asks, (0, 4.6, 4.0, 5.0, 12.0), strict=False):
+        now[0] += pause
+        statuses.append(client.create(ask).status_code)
+    assert statuses == [200, 200, 429, 429, 429]
+    now[0] += 16.5
+    assert client.create(asks[5]).status_code == 200
+
+
 # --- lists ----------------------------------------------------------------------------------------
 
 
