@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from random import Random
 
 from infra.provider import Instance, LaunchSpec
@@ -207,6 +208,11 @@ class Market(MemoryProvider):
     def ours(self, prefix: str) -> list[Rental]:
         """What lives with our prefix, whether a list shows it or not."""
         return [item for item in self.running() if item.label.startswith(prefix)]
+
+    @property
+    def read_lag(self) -> timedelta:
+        """How long no list shows what was just made."""
+        return self._read_lag
 
     def stop(self, instance_id: str) -> None:
         """Its own key may not destroy it, and stops it instead."""

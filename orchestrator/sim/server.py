@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -30,23 +29,24 @@ class Store(MemoryStore):
         #: Somebody is within a transaction.
         self.within = False
 
-    @contextmanager
-    def transaction(self) -> Iterator[MemoryTransaction]:
+    def begin(self) -> MemoryTransaction:
         self._boundary("before a transaction")
-        with super().transaction() as tx:
-            self.within = True
-            try:
-                yield tx
-                self._boundary("before the commit")
-            finally:
-                self.within = False
-        self._boundary("after the commit")
+        self.within = True
+        return super().begin()
 
-    @contextmanager
-    def quietly(self) -> Iterator[MemoryTransaction]:
-        """As `transaction`, and nothing goes wrong."""
-        with super().transaction() as tx:
-            yield tx
+    def finish(self, transaction: MemoryTransaction, *, commit: bool) -> None:
+        died: Crash | None = None
+        if commit:
+            try:
+                self._boundary("before the commit")
+            except Crash as crash:
+                died = crash
+        self.within = False
+        super().finish(transaction, commit=commit and died is None)
+        if died is not None:
+            raise died
+        if commit:
+            self._boundary("after the commit")
 
 
 class Storage:
@@ -100,9 +100,10 @@ class Server:
         rules: Policy,
         checker: Checker,
         wake: Callable[[str, list[str]], None],
+        as_process: Callable[[bool], bool],
     ) -> None:
         self.kernel, self.store, self.rules, self.checker = kernel, store, rules, checker
-        self._wake = wake
+        self._wake, self._as_process = wake, as_process
         self._auth = AttemptAuth(store, self.clock)
         #: How much this process's clock is ahead of the others' (seconds).
         self.skew = 0.0
@@ -119,10 +120,13 @@ class Server:
         """As `orchestrator.agent_api` does it. Crashes are no answer."""
         if self.down:
             return 0, {}
+        before = self._as_process(True)
         try:
             return self._hello(token, nonce, machine)
         except Crash:
             return 0, {}
+        finally:
+            self._as_process(before)
 
     def _hello(self, token: str, nonce: str, machine: str) -> tuple[int, Mapping[str, Any]]:
         hashed = hashlib.sha256(token.encode()).hexdigest()
@@ -174,6 +178,17 @@ class Server:
         """The answer to a report, and how many rows it changed."""
         if self.down:
             return 0, (), 0
+        before = self._as_process(True)
+        try:
+            return self._judge(job, attempt, raw, headers)
+        except Crash:
+            return 0, (), 0
+        finally:
+            self._as_process(before)
+
+    def _judge(
+        self, job: str, attempt: int, raw: bytes, headers: Mapping[str, str]
+    ) -> tuple[int, tuple[Order, ...], int]:
         try:
             name = self._auth.verify(job, attempt, raw, headers)
             report = wire.Report.from_bytes(raw)
@@ -187,8 +202,6 @@ class Server:
             return 401, (), 0
         except wire.WireError:
             return 422, (), 0
-        except Crash:
-            return 0, (), 0
         outcome = taken.outcome.value
         self.checker.answered(name, job, outcome, wrote)
         self._count(outcome)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import traceback
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from random import Random
@@ -106,7 +106,9 @@ class World:
             on_end=self._end,
         )
         self.customers = Customers(self.kernel, self.hit, self.checker)
-        self.server = Server(self.kernel, self.store, self.rules, self.checker, self.wake)
+        self.server = Server(
+            self.kernel, self.store, self.rules, self.checker, self.wake, self.as_process
+        )
         terms = Terms(
             deployment=DEPLOYMENT, image="image", public_url="https://stoker", onstart="true"
         )
@@ -125,7 +127,8 @@ class World:
             store=self.store, post=self.customers.post, clock=clock, random=Random(cohort.seed + 1)
         )
         self.agents: dict[str, Agent] = {}
-        self._processes = 0
+        #: Whether what runs now is a process that may die.
+        self._mortal = False
         self._beat_at = math.inf
         self._beat_stops_until = 0.0
         self._sweeping = False
@@ -145,7 +148,7 @@ class World:
 
     def boundary(self, where: str) -> None:
         """A line between two effects: the process may die on it, or wait while others act."""
-        if not self._processes or not self.rates:
+        if not self._mortal or not self.rates:
             return
         if self.hit("server.crash"):
             self.kernel.note("-", f"crash {where}")
@@ -193,8 +196,13 @@ class World:
         """What a worker does with a message; a task that raises is over, as in Celery."""
         self._process(self._task, task, ids)
 
-    def _process(self, what: Any, *args: Any) -> None:
-        self._processes += 1
+    def as_process(self, mortal: bool) -> bool:
+        """From now on what runs may die, or not; what held before, to be put back."""
+        before, self._mortal = self._mortal, mortal
+        return before
+
+    def _process(self, what: Callable[..., object], *args: Any) -> None:
+        before = self.as_process(True)
         try:
             what(*args)
         except Crash:
@@ -204,7 +212,15 @@ class World:
         except StokerError as error:
             self.outcome.counts[f"task raised {type(error).__name__}"] += 1
         finally:
-            self._processes -= 1
+            self.as_process(before)
+
+    def _safely(self, what: Callable[..., object], *args: Any) -> None:
+        """Do what is not under test, and does not die."""
+        before = self.as_process(False)
+        try:
+            what(*args)
+        finally:
+            self.as_process(before)
 
     def _task(self, task: str, ids: Sequence[str]) -> None:
         if task == "tend":
@@ -247,7 +263,7 @@ class World:
             self.kernel.after(0.01, self._process, self._reconcile)
 
     def _reconcile(self) -> None:
-        self._sign_of_life()
+        self._safely(self._sign_of_life)
         reconcile(self.store, self.wake, self.kernel.now(), self.rules)
 
     def _sign_of_life(self) -> None:
@@ -258,7 +274,7 @@ class World:
         at = max(server.listens_since, self.kernel.t - self.kernel.t % 5.0)
         start = self.kernel.now() - timedelta(seconds=self.kernel.t)
         since = start + timedelta(seconds=server.listens_since)
-        with self.store.quietly() as tx:
+        with self.store.transaction() as tx:
             said = {"since": since.isoformat()}
             tx.beat(RECEIVER, start + timedelta(seconds=at), said)
 
@@ -371,7 +387,7 @@ class World:
         at = 0.0
         for number in range(self.cohort.jobs):
             at += self.kernel.random.expovariate(1 / 20.0)
-            self.kernel.at(at, self._arrive, number)
+            self.kernel.at(at, self._safely, self._arrive, number)
         self._windows(at + FAULTS_LAST)
         self.kernel.at(at + FAULTS_LAST, self._heal)
         while self.kernel.step():
@@ -406,7 +422,7 @@ class World:
             webhook_url=url,
             **changes,
         )
-        with self.store.quietly() as tx:
+        with self.store.transaction() as tx:
             tx.add_dataset(dataset)
             job = record.create_job(
                 tx,
@@ -420,12 +436,12 @@ class World:
         for task in record.wakes(job):
             self.wake(task, [job_id])
         if late:
-            self.kernel.after(random.uniform(1.0, 300.0), self._build, dataset_id)
+            self.kernel.after(random.uniform(1.0, 300.0), self._safely, self._build, dataset_id)
         if self.hit("customer.cancels"):
-            self.kernel.after(random.expovariate(1 / 120.0), self._cancel, job_id)
+            self.kernel.after(random.expovariate(1 / 120.0), self._safely, self._cancel, job_id)
 
     def _build(self, dataset_id: str) -> None:
-        with self.store.quietly() as tx:
+        with self.store.transaction() as tx:
             dataset = tx.dataset(dataset_id).evolve(status=DatasetStatus.READY)
             moved = record.dataset_built(tx, dataset, self.kernel.now(), self.rules)
         for job in moved:
@@ -434,7 +450,7 @@ class World:
 
     def _cancel(self, job_id: str) -> None:
         try:
-            with self.store.quietly() as tx:
+            with self.store.transaction() as tx:
                 job = record.cancel(tx, job_id, self.kernel.now(), self.rules)
         except (IllegalMove, NotFound):
             return
