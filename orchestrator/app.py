@@ -15,6 +15,7 @@ from flask_openapi.types import ResponseDict
 from orchestrator.agent_api import agent_api
 from orchestrator.api import problems
 from orchestrator.api.datasets import datasets
+from orchestrator.api.hosts import hosts
 from orchestrator.api.jobs import jobs
 from orchestrator.attempt_auth import AttemptAuth
 from orchestrator.deps import Deps
@@ -72,6 +73,7 @@ def create_app(deps: Deps) -> OpenAPI:
     _watch_requests(app, metrics)
     app.register_api(datasets(deps, waker))
     app.register_api(jobs(deps, waker))
+    app.register_api(hosts(deps))
     app.register_blueprint(agent_api(deps, auth, waker))
     app.register_blueprint(vast_hints(deps, waker))
     app.register_blueprint(health(deps, metrics, lambda: spec_of(app)))

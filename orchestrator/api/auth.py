@@ -68,6 +68,13 @@ def admit(store: Store) -> None:
     g.caller = caller
 
 
+def admit_operator(store: Store) -> None:
+    """As `admit`, for what only operators may see and do. Raises: Refusal 401 or 403."""
+    admit(store)
+    if not caller().operator:
+        raise Refusal(403, "forbidden", f"this key lacks the scope {OPERATOR}")
+
+
 def caller() -> Caller:
     """Who asks, after `admit`."""
     known: Caller = g.caller

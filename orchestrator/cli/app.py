@@ -11,7 +11,7 @@ import typer
 
 from infra.embedded import EmbeddedError
 from infra.settings import SettingsError
-from orchestrator.cli import bench, demo, jobs, sandbox, servers, sim
+from orchestrator.cli import bench, demo, hosts, jobs, sandbox, servers, sim
 from orchestrator.cli.console import CliError, Exit, report
 from state.errors import StokerError
 
@@ -32,6 +32,7 @@ def make_app(*, plain: bool = False) -> typer.Typer:
     )
     demo.register(app)
     jobs.register(app)
+    hosts.register(app)
     servers.register(app)
     sandbox.register(app)
     bench.register(app)

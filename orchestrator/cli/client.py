@@ -30,6 +30,7 @@ _NEXT = {
 }
 #: What every job has; an answer without is none of Stoker's.
 _JOB = frozenset({"id", "status", "attempt", "progress", "cost"})
+_HOST = frozenset({"machine_id", "gpu", "geo", "good", "bad", "lies", "blocked", "shunned"})
 
 
 def beside_file(settings: Settings) -> Path:
@@ -202,6 +203,16 @@ class Client:
             cursor = page.get("next_cursor")
             if not page.get("has_more") or not cursor:
                 return
+
+    def hosts(self) -> list[dict[str, Any]]:
+        """Remembered machines, those to look at first."""
+        return [self._shaped(item, _HOST) for item in self._items(self.get("/v1/hosts"))]
+
+    def host(self, machine: str, verb: str = "", body: Mapping[str, Any] | None = None) -> Any:
+        """One machine, after `verb` where there is one."""
+        path = f"/v1/hosts/{quote(machine, safe='')}"
+        found = self.post(f"{path}/{verb}", body) if verb else self.get(path)
+        return self._shaped(found, _HOST)
 
     def events(self, job_id: str, after: int) -> dict[str, Any]:
         """A page of what happened to a job: `data`, `has_more`, `next_after`."""
