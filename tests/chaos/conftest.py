@@ -14,8 +14,10 @@ from typing import Any
 
 import pytest
 
+from gpu_agent.wire import Fact
 from orchestrator.cli.demo import skimage_photos
 from stand import audit
+from stand.protocol_trainer import FLOATS
 from stand.running import running_from, until
 from stand.storm import Storm
 from state.events import Artefact, Event, Outgoing
@@ -75,6 +77,16 @@ class Aftermath:
         ]
 
     @property
+    def really_trained(self) -> set[str]:
+        """Jobs that the real trainer had in hand."""
+        return {
+            event.job
+            for events in self.events.values()
+            for event in events
+            if event.type == Fact.TRAINING_STARTED and event.data.get("parameters") != FLOATS
+        }
+
+    @property
     def outlived(self) -> dict[str, float]:
         return audit.outlived(self.rentals, self.jobs)
 
@@ -90,6 +102,7 @@ class Aftermath:
             "jobs": Counter(str(job.status) for job in self.jobs.values()),
             "failed_why": Counter(job.reason.code if job.reason else "" for job in ended_badly),
             "attempts": Counter(str(job.attempt) for job in self.jobs.values()),
+            "really_trained": len(self.really_trained),
             "instances": len(self.rentals),
             "acknowledged": len(front),
             "acknowledged_again": sum(item.times > 1 for item in front),

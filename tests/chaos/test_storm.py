@@ -28,6 +28,12 @@ def test_a_job_that_does_not_complete_says_why(aftermath: Any) -> None:
     assert all(job.attempt == job.request.max_attempts for job in failed), "no try was left out"
 
 
+def test_jobs_are_trained_by_whom_they_were_meant_for(aftermath: Any) -> None:
+    """Else there would be few of them, and little to be killed in."""
+    meant = {job.id for job in aftermath.jobs.values() if job.request.recipe["trigger"] == "real"}
+    assert aftermath.really_trained <= meant
+
+
 def test_no_acknowledged_report_is_lost(aftermath: Any) -> None:
     """I8: at the front, what had 2xx; in the database, each of them once and as it was sent."""
     assert aftermath.storm.front.acknowledged

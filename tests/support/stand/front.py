@@ -75,6 +75,9 @@ class Front:
                 self.end_headers()
                 self.wfile.write(text)
 
+            def log_message(self, format: str, *args: Any) -> None:
+                """Nothing: lines that idle are closed after a while."""
+
         class Server(ThreadingHTTPServer):
             daemon_threads = True
             block_on_close = False

@@ -14,9 +14,6 @@ import sys
 import threading
 from pathlib import Path
 
-from infra.sandbox.hosts import Host, seeded
-from infra.sandbox.server import running_sandbox
-
 HERE = Path(__file__).parent
 #: Each host so many times: a host on which chaos struck is not rented again for a day.
 COPIES = 60
@@ -40,22 +37,22 @@ def make_image(folder: Path) -> Path:
     return shim
 
 
-def hosts(seed: int) -> list[Host]:
-    return [
-        dataclasses.replace(host, machine_id=host.machine_id + 100_000 * copy)
-        for copy in range(COPIES)
-        for host in seeded(seed)
-    ]
-
-
 def main(image: Path, port: int, data: Path, bases: Path) -> int:
-    # machines take the interpreter of the sandbox for the image's
+    # machines take the interpreter of the sandbox for the image's, as it is when it is imported
     sys.executable = str(make_image(image))
+    from infra.sandbox.hosts import seeded
+    from infra.sandbox.server import running_sandbox
+
     over = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: over.set())
     # a market that was killed forgets all; its next life must not give out the same ids again
     seed = os.getpid()
+    hosts = [
+        dataclasses.replace(host, machine_id=host.machine_id + 100_000 * copy)
+        for copy in range(COPIES)
+        for host in seeded(seed)
+    ]
     with running_sandbox(
         account_key=os.environ["SANDBOX_ACCOUNT_KEY"],
         civitai_key=os.environ["SANDBOX_CIVITAI_KEY"],
@@ -63,7 +60,7 @@ def main(image: Path, port: int, data: Path, bases: Path) -> int:
         data_dir=data,
         port=port,
         seed=seed,
-        hosts=hosts(seed),
+        hosts=hosts,
         boot_s=0.5,
         credit=10_000.0,
         keep_logs=True,

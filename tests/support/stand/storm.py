@@ -171,6 +171,8 @@ class Storm:
         self._market_keys = (secrets.token_hex(16), secrets.token_hex(16))
         self.ledger = Ledger(f"http://127.0.0.1:{self._market_port}", self._market_keys[0])
         self._asleep: list[tuple[float, Callable[[], None]]] = []
+        #: Held by whoever looks into the database beside the rounds.
+        self._looking = threading.Lock()
         self._calm = threading.Event()
         self._dataset = ""
 
@@ -331,7 +333,7 @@ class Storm:
             time.sleep(0.2)
 
     def jobs(self) -> dict[str, Job]:
-        with self.services.store.transaction() as tx:
+        with self._looking, self.services.store.transaction() as tx:
             return tx.jobs(list(self.ordered))
 
     # --- harm
@@ -391,10 +393,11 @@ class Storm:
 
     def _start_again(self) -> None:
         """As an operator does after the power came back."""
-        self.services.store.close()
-        self._servers.close()
-        self._servers = embedded.start(self._settings(), patience_s=30.0)
-        self._start_programs()
+        with self._looking:
+            self.services.store.close()
+            self._servers.close()
+            self._servers = embedded.start(self._settings(), patience_s=30.0)
+            self._start_programs()
 
     def _begin(self, what: str, whom: str) -> Callable[[], None]:
         """Start a trouble; what ends it."""
