@@ -61,12 +61,12 @@ def shunned(host: HostRecord | None, now: datetime, rules: Policy = policy.DEFAU
     if host is None:
         return None
     if host.blocked:
-        return "are blocked by an operator"
+        return "blocked by an operator"
     if host.last_failed_at is None:
         return None
     ago = now - host.last_failed_at
     if host.lies and ago < LIAR_SPAN:
-        return "were not what they were offered as"
+        return "not what it was offered as"
     name = standing(host, now)
     # One whose good name outweighs it may fail now and then.
     if name.good <= name.bad and ago < rules.host_penalty:

@@ -234,11 +234,11 @@ def choose(
         lasts_s = expected.boot_s + expected.download_s + expected.training_s
         shunned = memory.shunned(known.hosts.get(offer.machine_id), now, rules)
         if offer.machine_id in excluded:
-            refused["failed this job before or are tried for it now"] += 1
+            refused["failed this job before, or tried for it now"] += 1
         elif shunned and shunned != memory.FAILED_LATELY:
             refused[shunned] += 1
         elif offer.duration_s and offer.duration_s < ENDS_TOO_SOON * lasts_s:
-            refused["end before the job would"] += 1
+            refused["ending before the job would"] += 1
         else:
             (doubtful if shunned else ranked).append((offer, expected))
     if not ranked and waited >= rules.last_resort:

@@ -32,8 +32,8 @@ def host(machine, **changes):
 def test_machines_are_lines_in_the_servers_order(stoker, api):
     failed_at = (datetime.now(UTC) - timedelta(hours=3)).isoformat()
     page = [
-        host("77", blocked=True, blocked_why="throttles", shunned="are blocked by an operator"),
-        host("78", lies=1, shunned="were not what they were offered as"),
+        host("77", blocked=True, blocked_why="throttles", shunned="blocked by an operator"),
+        host("78", lies=1, shunned="not what it was offered as"),
         host(
             "79",
             boot_s=None,
