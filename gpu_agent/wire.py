@@ -256,8 +256,8 @@ class Recipe:
         validation_every: steps between validations, each of which may write a checkpoint.
         validation_share: share of images held out; with fewer than 8 images all are used for
             both, and the result says so.
-        checkpoint_s: seconds of training between checkpoints beside those; what a lost machine
-            costs at most. 0 means none beside those.
+        checkpoint_s: seconds of training between checkpoints beside those: what a lost machine
+            costs at most, but for the time of an upload. 0 means none beside those.
         keep_checkpoints: how many of the best (and the last two) stay on disk.
         sample_prompts, sample_every: sample images; 0 means only at the end.
         precision: `auto` takes bf16 where the GPU has it, else fp16, and fp32 on a CPU.
@@ -422,7 +422,7 @@ class JobSpec:
         files_url: where fresh presigned URLs are asked for (see `docs/wire.md`).
         lease_ends_at: seconds since the epoch; later than this the agent destroys its instance.
         silence_limit_s: so long without any answer from the server, and it does the same.
-        resume: the newest checkpoint's files, empty on a first attempt.
+        resume: the files of the newest checkpoint, then of the one before it, where there are any.
         min_download_mbps: a machine whose big downloads are slower gives up; 0 takes any.
     """
 

@@ -46,6 +46,29 @@ def test_the_first_reason_to_end_is_the_one_that_counts():
         halt.sleep(60)
 
 
+def test_work_that_is_warned_goes_on_until_it_leaves_or_its_time_is_up():
+    halt = Halt()
+    halt.warn("terminated", 3600)
+    halt.warn("another", 0)
+    halt.check()
+    assert halt.warned
+    with pytest.raises(Halted):
+        halt.leave()
+    assert halt.reason == "terminated"
+    late = Halt()
+    late.warn("terminated", 0.01)
+    assert late.wait(10)
+    assert late.reason == "terminated"
+
+
+def test_a_warning_after_the_end_is_none():
+    halt = Halt()
+    halt.call("cancel")
+    halt.warn("terminated", 0)
+    assert not halt.warned
+    assert halt.reason == "cancel"
+
+
 def test_the_journal_keeps_the_last_lines_and_hands_out_the_new_ones_once():
     journal = Journal()
     logger = logging.Logger("trial")
