@@ -53,6 +53,9 @@ def stoker(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> Iterator[S
         for name in list(os.environ):
             if name.startswith(("STOKER_", "HF_", "AWS_")) or name.lower().endswith("_proxy"):
                 ambient.delenv(name)
+        # keys that nothing here needs: canaries, which must turn up nowhere
+        ambient.setenv("HF_TOKEN", "hf_canaryofhuggingface")
+        ambient.setenv("STOKER_VAST_WEBHOOK_SECRET", "canary-of-vasts-notifications")
         stage = Stage(root=root, port=free_port(), show=Console(quiet=True))
         with contextlib.ExitStack() as stack:
             client, services = stage.start(stack)
