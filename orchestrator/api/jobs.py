@@ -86,6 +86,8 @@ def check(body: schemas.JobIn, *, private_bases: bool, private_webhooks: bool) -
             gpu=GpuNeeds(**{**body.gpu.model_dump(), "gpu_names": tuple(body.gpu.gpu_names)}),
             max_cost=body.max_cost,
             max_attempts=body.max_attempts,
+            interruptible=body.interruptible,
+            hedge=body.hedge,
             webhook_url=body.webhook.url if body.webhook else None,
             metadata=dict(body.metadata),
         ),

@@ -13,6 +13,9 @@ from state.events import Artefact, Attempt, Dataset, Delivery, Event, Outgoing
 from state.job import Job
 from state.lease import Lease
 
+#: What of a job's progress is kept for our own decisions.
+INTERNAL = ("relayed", "outlook")
+
 
 def dataset(value: Dataset) -> dict[str, Any]:
     built = value.zip_bytes > 0
@@ -73,7 +76,8 @@ def job_summary(job: Job, leases: Sequence[Lease], now: datetime) -> dict[str, A
         "finished_at": job.finished_at,
         "entered_at": job.entered_at,
         "deadline_at": job.deadline_at,
-        "progress": {key: item for key, item in job.progress.items() if key != "relayed"},
+        "moved_at": job.moved_at,
+        "progress": {key: item for key, item in job.progress.items() if key not in INTERNAL},
         "host": _host(job, leases),
         "cost": _cost(job, leases, now),
         "metadata": dict(job.request.metadata),
@@ -94,6 +98,9 @@ def job(
         "base_family": request.base_family,
         "recipe": dict(request.recipe),
         "max_attempts": request.max_attempts,
+        "interruptible": request.interruptible,
+        "interruptions": value.interruptions,
+        "hedge": request.hedge,
         "webhook_url": request.webhook_url,
         "transitions": [transition(item) for item in transitions],
         "result_files": [artefact(item) for item in artefacts],

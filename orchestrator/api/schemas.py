@@ -170,6 +170,16 @@ class JobIn(In):
         int, Field(ge=1, le=10_000_000_000, description="micro-USD, all attempts together")
     ] = 5_000_000
     max_attempts: Annotated[int, Field(ge=1, le=10)] = 3
+    interruptible: bool = Field(
+        default=False,
+        description="take cheaper machines by bid; outbid, it goes on elsewhere from its last "
+        "checkpoint, which is no attempt, and after the second time on demand",
+    )
+    hedge: bool = Field(
+        default=True,
+        description="rent a second machine when the first is slow to boot; the job gets the one "
+        "that is ready first, and pays for both",
+    )
     webhook: WebhookIn | None = None
     metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)] = {}
 
@@ -287,6 +297,7 @@ class JobSummary(Out):
     finished_at: datetime | None
     entered_at: datetime = Field(description="when the present status began")
     deadline_at: datetime | None = Field(description="when the present status must be left")
+    moved_at: datetime | None = Field(description="when its work last went forward")
     progress: dict[str, Any]
     host: Host | None
     cost: Cost
@@ -298,6 +309,9 @@ class Job(JobSummary):
     base_family: str
     recipe: dict[str, Any]
     max_attempts: int
+    interruptible: bool
+    interruptions: int = Field(description="attempts lost to higher bids; they are no tries")
+    hedge: bool
     webhook_url: str | None
     transitions: list[Transition]
     result_files: list[ResultFile]

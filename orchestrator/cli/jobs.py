@@ -55,6 +55,12 @@ def train(
     gpu: Annotated[list[str] | None, typer.Option(help='Only this GPU, e.g. "RTX 4090".')] = None,
     min_vram: Annotated[float, typer.Option(help="GB of GPU memory at least.")] = 8.0,
     max_cost: Annotated[float, typer.Option(help="Dollars, all attempts together.")] = 5.0,
+    interruptible: Annotated[
+        bool, typer.Option("--interruptible", help="Cheaper machines, which others may outbid.")
+    ] = False,
+    hedge: Annotated[
+        bool, typer.Option(help="A second machine where the first is slow to boot.")
+    ] = True,
     webhook: Annotated[str, typer.Option(help="Where to tell of each step.")] = "",
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before spending.")] = False,
     detach: Annotated[bool, typer.Option(help="Do not follow the job.")] = False,
@@ -72,6 +78,8 @@ def train(
         "recipe": wanted,
         "gpu": {"min_vram_gb": min_vram, "gpu_names": gpu or []},
         "max_cost": round(max_cost * 1_000_000),
+        "interruptible": interruptible,
+        "hedge": hedge,
     }
     if webhook:
         body["webhook"] = {"url": webhook}

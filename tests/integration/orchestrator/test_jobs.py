@@ -334,6 +334,34 @@ def test_cancelling_is_final_and_twice_is_harmless(edge, client, alice, problem)
     problem(client.post(f"/v1/jobs/{job.id}/retry", headers=alice), 409, "illegal_move")
 
 
+def test_bids_and_hedging_are_a_choice_of_each_job(edge, client, alice):
+    usual = client.post("/v1/jobs", json=order(edge), headers=alice).json
+    assert (usual["interruptible"], usual["hedge"], usual["interruptions"]) == (False, True, 0)
+    body = order(edge, interruptible=True, hedge=False)
+    chosen = client.post("/v1/jobs", json=body, headers=alice).json
+    assert (chosen["interruptible"], chosen["hedge"]) == (True, False)
+    stored = edge.stored(chosen["id"]).request
+    assert (stored.interruptible, stored.hedge) == (True, False)
+
+
+def test_a_stalled_job_says_where_why_whether_and_when(edge, client, alice):
+    agent = edge.agent()
+    agent.report(Fact.GPU_READY)
+    edge.clock.advance(5)
+    agent.report(Fact.IMAGES_PROGRESS, bytes=400, bytes_total=1234, moved=400)
+    job_id = agent.spec.job
+    message = "no byte of the dataset for 50 s at byte 400/1234"
+    with edge.store.transaction() as tx:
+        reason = Reason(code="pendingImages.frozen", message=message)
+        record.stall(tx, job_id, reason, edge.clock.advance(50))
+    shown = client.get(f"/v1/jobs/{job_id}", headers=alice).json
+    assert shown["stalled_from"] == "pendingImages"
+    assert shown["reason"] == {"code": reason.code, "message": message, "retryable": True}
+    assert shown["retry_at"] > shown["entered_at"]
+    assert shown["transitions"][-1]["reason"] == shown["reason"]
+    assert shown["progress"]["images"] == {"bytes": 400, "bytes_total": 1234}
+
+
 def test_a_stalled_job_can_be_retried_at_once(edge, client, alice, problem, soon):
     job = edge.job()
     problem(client.post(f"/v1/jobs/{job.id}/retry", headers=alice), 409, "illegal_move")
