@@ -16,7 +16,7 @@ def counts(stoker: Any) -> list[int]:
 
 
 def test_a_job_that_goes_on_counts_more_and_more(stoker: Any, start: Any) -> None:
-    stoker.spec["heartbeat_s"] = 0.02
+    stoker.spec["heartbeat_s"] = 0.1
     assert start().join() == 0
     told = counts(stoker)
     assert len(set(told)) > 3
