@@ -17,6 +17,7 @@ from orchestrator.api import problems
 from orchestrator.api.datasets import datasets
 from orchestrator.api.hosts import hosts
 from orchestrator.api.jobs import jobs
+from orchestrator.api.operators import operators
 from orchestrator.attempt_auth import AttemptAuth
 from orchestrator.deps import Deps
 from orchestrator.health import health
@@ -74,6 +75,7 @@ def create_app(deps: Deps) -> OpenAPI:
     app.register_api(datasets(deps, waker))
     app.register_api(jobs(deps, waker))
     app.register_api(hosts(deps))
+    app.register_api(operators(deps))
     app.register_blueprint(agent_api(deps, auth, waker))
     app.register_blueprint(vast_hints(deps, waker))
     app.register_blueprint(health(deps, metrics, lambda: spec_of(app)))

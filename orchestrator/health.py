@@ -63,7 +63,9 @@ def health(deps: Deps, metrics: Metrics, spec: Callable[[], dict[str, Any]]) -> 
 
     @blueprint.get("/metrics")
     def scrape() -> Response:
-        return Response(metrics.render(deps.store, deps.clock), content_type=CONTENT_TYPE)
+        settings = deps.settings
+        text = metrics.render(deps.store, deps.clock, settings.limits, settings.kill_switch)
+        return Response(text, content_type=CONTENT_TYPE)
 
     @blueprint.get("/version")
     def version() -> Response:

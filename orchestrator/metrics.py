@@ -12,7 +12,9 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
+from state import alarms, money
 from state.job import Status
+from state.money import Limits
 from state.store import Store
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -75,25 +77,31 @@ class Metrics:
         count.inc()
         latency.observe(seconds)
 
-    def render(self, store: Store, clock: Callable[[], datetime]) -> bytes:
+    def render(
+        self, store: Store, clock: Callable[[], datetime], limits: Limits, kill_switch: bool
+    ) -> bytes:
         """The text that Prometheus reads; the fleet's part is asked of `store` now."""
         counted = self.registry
         if self._directory is not None:
             counted = CollectorRegistry()
             MultiProcessCollector(counted, path=str(self._directory))
         fleet = CollectorRegistry()
-        fleet.register(_Fleet(store, clock))
+        fleet.register(_Fleet(store, clock, limits, kill_switch))
         return bytes(generate_latest(counted) + generate_latest(fleet))
 
 
 class _Fleet(Collector):  # type: ignore[misc]  # prometheus_client is untyped to us
-    def __init__(self, store: Store, clock: Callable[[], datetime]) -> None:
+    def __init__(
+        self, store: Store, clock: Callable[[], datetime], limits: Limits, kill_switch: bool
+    ) -> None:
         self._store, self._clock = store, clock
+        self._limits, self._kill_switch = limits, kill_switch
 
     def collect(self) -> Iterable[GaugeMetricFamily]:
+        now = self._clock()
         with self._store.transaction() as tx:
             counts, leases, beats = tx.count_jobs(), tx.open_leases(), tx.beats()
-        now = self._clock()
+            stand = alarms.standing(tx, self._limits, now, kill_switch=self._kill_switch)
         jobs = GaugeMetricFamily("stoker_jobs", "Jobs by status.", labels=("status",))
         for status in Status:
             jobs.add_metric((status.value,), counts.get(status, 0))
@@ -122,3 +130,18 @@ class _Fleet(Collector):  # type: ignore[misc]  # prometheus_client is untyped t
         for name, (at, _) in sorted(beats.items()):
             ages.add_metric((name,), (now - at).total_seconds())
         yield ages
+        red = GaugeMetricFamily(
+            "stoker_alarm",
+            "1 while it stands; the runbook has an entry for each code.",
+            labels=("code", "severity"),
+        )
+        standing = {alarm.code: alarm.severity for alarm in stand}
+        for code in sorted(alarms.MENDS):
+            severity = standing.get(code)
+            red.add_metric((code, severity.value if severity else ""), float(severity is not None))
+        yield red
+        yield GaugeMetricFamily(
+            "stoker_burn_micro_usd_per_hour",
+            "What all machines cost per hour that are not being released.",
+            value=money.burn(leases),
+        )

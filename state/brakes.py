@@ -61,7 +61,7 @@ def stopped(
 ) -> Reason | None:
     """Why nothing may be rented now, whatever it is; None when something may."""
     return (
-        _switched_off(book.beats, kill_switch)
+        switched_off(book.beats, kill_switch)
         or _blind(book.beats, now)
         or _no_credit(book.beats, now)
         or breaker(book.leases, limits, now)
@@ -73,14 +73,15 @@ def refused(book: Book, limits: Limits, new: Lease, now: datetime) -> Reason | N
     return money.over_limit(
         limits,
         book.leases,
-        new=new,
+        new,
         spent_ever=book.spent_ever,
         credit=credit(book.beats, now),
         now=now,
     )
 
 
-def _switched_off(beats: Beats, kill_switch: bool) -> Reason | None:
+def switched_off(beats: Beats, kill_switch: bool) -> Reason | None:
+    """Why an operator's word stops renting, if it does."""
     said = beats.get(RENTING)
     if said is not None and said[1].get("stopped"):
         why = said[1].get("why") or "no reason given"

@@ -109,7 +109,8 @@ class Job(Value):
         last_heard_at: when the current attempt's agent was last heard (server clock).
         moved: the agent's count of whatever it got done in this attempt; it only grows.
         moved_at: when `moved` last grew, or the present status began.
-        interruptions: how many attempts were lost to higher bids; they are not held against it.
+        interruptions: how many attempts were lost to higher bids, or because the account had no
+            credit; they are not held against it.
         due_at: when somebody must look at this job again; None when there is nothing to do.
         orders: waiting for the agent's next report.
         progress: latest of step, total, loss, eta_s, bytes … by kind.

@@ -5,7 +5,7 @@ Values in, decisions out: nothing here reads a clock, a database or a market.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
@@ -168,39 +168,55 @@ NO_LIMITS = Limits()
 def over_limit(
     limits: Limits,
     leases: Sequence[Lease],
+    new: Lease,
     *,
-    new: Lease | None,
     spent_ever: int,
     credit: int | None,
     now: datetime,
 ) -> Reason | None:
     """Why `new` may not be rented beside `leases` (those since the horizon, and all open ones),
-    or None when it may. Without `new`: which limit is passed already."""
-    all_leases = [*leases, new] if new else list(leases)
-    held = [lease for lease in all_leases if lease.open]
-    if limits.machines and len(held) > limits.machines:
-        return _reason("machines", f"{len(leases)} of {limits.machines} machines are rented")
-    rate = burn(held)
-    if limits.rate and rate > limits.rate:
-        return _reason("rate", f"{dollars(rate)}/h would pass {dollars(limits.rate)}/h")
-    for name, limit, length in (
-        ("hour", limits.per_hour, HOUR),
-        ("day", limits.per_day, DAY),
-    ):
-        begin = _begin(now, length)
-        for start in (begin, begin + length) if limit else ():
-            most = sum(within(lease, start, start + length, now) for lease in all_leases)
-            if most > limit:
-                words = f"{dollars(most)} of {dollars(limit)} per {name} are spent or set aside"
-                return _reason(name, words)
-    committed = spent_ever + sum(lease.reserved for lease in held)
-    if limits.total and committed > limits.total:
-        words = f"{dollars(committed)} of {dollars(limits.total)} in all are spent or set aside"
-        return _reason("total", words)
-    if credit is not None and limits.runway and credit < _for(rate, limits.runway):
+    or None when it may."""
+    with_new = [*leases, new]
+    for name, used, limit in usage(limits, with_new, spent_ever, now):
+        if used > limit:
+            most = f"{used} of at most {limit} machines would be rented"
+            if name != "machines":
+                most = f"{dollars(used)} of at most {dollars(limit)} would be spent or set aside"
+            return Reason(code=f"budget.{name}", message=f"{WORDS[name]}: {most}")
+    rate = burn(with_new)
+    if credit is not None and credit < _for(rate, limits.runway):
         words = f"{dollars(credit)} of credit pay {dollars(rate)}/h for less than {limits.runway}"
         return Reason(code="runway.low", message=words)
     return None
+
+
+#: What a budget is for, by the end of its code.
+WORDS = {
+    "machines": "machines at the same time",
+    "rate": "money per hour for all machines",
+    "hour": "budget per hour",
+    "day": "budget per day",
+    "total": "budget in all",
+}
+
+
+def usage(
+    limits: Limits, leases: Sequence[Lease], spent_ever: int, now: datetime
+) -> Iterator[tuple[str, int, int]]:
+    """Of each limit that is set: its name, what is used or set aside of it, the limit."""
+    held = [lease for lease in leases if lease.open]
+    if limits.machines:
+        yield "machines", len(held), limits.machines
+    if limits.rate:
+        yield "rate", burn(held), limits.rate
+    for name, limit, length in (("hour", limits.per_hour, HOUR), ("day", limits.per_day, DAY)):
+        begin = _begin(now, length)
+        if limit:
+            spans = ((begin, begin + length), (begin + length, begin + 2 * length))
+            worst_of = (sum(within(item, *span, now) for item in leases) for span in spans)
+            yield name, max(worst_of), limit
+    if limits.total:
+        yield "total", spent_ever + sum(lease.reserved for lease in held), limits.total
 
 
 def burn(leases: Sequence[Lease]) -> int:
@@ -216,10 +232,6 @@ def _begin(now: datetime, length: timedelta) -> datetime:
     """The clock hour's, or the UTC day's."""
     midnight = now.astimezone(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
     return midnight if length >= DAY else now.replace(minute=0, second=0, microsecond=0)
-
-
-def _reason(name: str, words: str) -> Reason:
-    return Reason(code=f"budget.{name}", message=words)
 
 
 def dollars(micro: int) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from flask import Response
 
 from orchestrator.api import schemas
+from state import money
 from state.events import Artefact, Attempt, Dataset, Delivery, Event, Outgoing
 from state.job import Job
 from state.lease import Lease
@@ -34,22 +35,30 @@ def dataset(value: Dataset) -> dict[str, Any]:
     }
 
 
-def spent(lease: Lease, now: datetime) -> int:
-    """Micro-USD of one lease so far; what the ledger says once it says more than the clock."""
-    if not lease.open or lease.rented_at is None:
-        return lease.cost
-    hours = max((now - lease.rented_at).total_seconds(), 0) / 3600
-    return max(lease.cost, round(lease.price * hours))
-
-
 def _cost(job: Job, leases: Sequence[Lease], now: datetime) -> schemas.Cost:
-    so_far = sum(spent(lease, now) for lease in leases)
+    machines = [_machine(lease, now) for lease in leases if lease.rented_at]
+    so_far = sum(machine.counts for machine in machines)
     opened = [lease for lease in leases if lease.open]
     return schemas.Cost(
         quoted_per_hour=opened[-1].price if opened else None,
         so_far=so_far,
         cap=job.request.max_cost,
         display=f"${so_far / 1_000_000:.4f}",
+        machines=machines,
+    )
+
+
+def _machine(lease: Lease, now: datetime) -> schemas.LeaseCost:
+    count, counts = money.cost(lease, now), money.spent(lease, now)
+    return schemas.LeaseCost(
+        attempt=lease.attempt,
+        machine_id=lease.machine_id,
+        gpu=count.gpu,
+        disk=count.disk,
+        bandwidth=count.bandwidth,
+        billed=lease.billed,
+        counts=counts,
+        by="market" if lease.billed is not None and counts == lease.billed else "count",
     )
 
 
@@ -164,7 +173,7 @@ def _lease(value: Lease, now: datetime) -> schemas.Lease:
         ready_at=value.ready_at,
         released_at=value.released_at,
         expires_at=value.expires_at,
-        cost=spent(value, now),
+        cost=money.spent(value, now),
         why=value.why,
     )
 

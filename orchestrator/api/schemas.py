@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from state.alarms import Severity
 from state.events import DatasetStatus, OutgoingStatus
 from state.job import Status
 from state.lease import LeaseStatus
@@ -262,12 +263,26 @@ class Host(Out):
     geo: str
 
 
+class LeaseCost(Out):
+    """What one machine cost, by our own count; `billed` is what the market charged so far."""
+
+    attempt: int
+    machine_id: str
+    gpu: MicroUsd
+    disk: MicroUsd
+    bandwidth: MicroUsd
+    billed: MicroUsd | None = Field(description="once the market said so")
+    counts: MicroUsd = Field(description="what so_far takes of it")
+    by: Literal["count", "market"] = Field(description="whose figure `counts` is")
+
+
 class Cost(Out):
     quoted_per_hour: MicroUsd | None = Field(description="of the present machine")
     so_far: MicroUsd
     cap: MicroUsd
     currency: Literal["USD"] = "USD"
     display: str = Field(description="so_far, for people")
+    machines: list[LeaseCost] = Field(description="the receipt, machine by machine")
 
 
 class ResultFile(Out):
@@ -358,6 +373,20 @@ class Lease(Out):
     expires_at: datetime
     cost: MicroUsd
     why: str
+
+
+class Alarm(Out):
+    """Something that needs an operator."""
+
+    code: str
+    severity: Severity
+    message: str
+    since: datetime
+    mend: str
+
+
+class Alarms(Out):
+    alarms: list[Alarm]
 
 
 class Attempt(Out):

@@ -1,0 +1,52 @@
+"""`/v1/alarms`: what an operator must know of now. Only for keys with the scope `operator`."""
+
+from __future__ import annotations
+
+from flask import Response
+from flask_openapi.blueprint import APIBlueprint
+from flask_openapi.models.tag import Tag
+
+from orchestrator.api import auth, present, schemas
+from orchestrator.api.problems import Refusal
+from orchestrator.deps import Deps
+from state import alarms
+
+
+def _admit(deps: Deps) -> None:
+    """Raises: Refusal 401 or 403."""
+    auth.admit(deps.store)
+    if not auth.caller().operator:
+        raise Refusal(403, "forbidden", f"this key lacks the scope {auth.OPERATOR}")
+
+
+def operators(deps: Deps) -> APIBlueprint:
+    api = APIBlueprint(
+        "operators",
+        __name__,
+        url_prefix="/v1/alarms",
+        abp_tags=[Tag(name="operators")],
+        abp_security=[{"key": []}],
+    )
+    api.before_request(lambda: _admit(deps))
+
+    @api.get("", operation_id="list_alarms", responses={"200": schemas.Alarms})
+    def show() -> Response:
+        """What needs an operator now, the critical first"""
+        settings = deps.settings
+        with deps.store.transaction() as tx:
+            stand = alarms.standing(
+                tx, settings.limits, deps.clock(), kill_switch=settings.kill_switch
+            )
+        shown = [
+            schemas.Alarm(
+                code=item.code,
+                severity=item.severity,
+                message=item.message,
+                since=item.since,
+                mend=item.mend,
+            )
+            for item in stand
+        ]
+        return present.answer(schemas.Alarms(alarms=shown))
+
+    return api
