@@ -7,14 +7,26 @@ what the customer holds in the end must be what the undisturbed life leaves behi
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import io
 import random
+import socket
+import threading
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
+from werkzeug.serving import WSGIRequestHandler, make_server
+from werkzeug.test import run_wsgi_app
 
 from gpu_agent import wire
+from gpu_agent.clock import Clock
+from gpu_agent.halt import Halt
+from gpu_agent.report import Reporter, Spool
 from gpu_agent.wire import Fact
 from state import record
 from state.events import OutgoingStatus, Secret
@@ -278,3 +290,92 @@ def test_reports_that_come_in_order_have_the_same_causes_too(lives: Any) -> None
     wanted = causes(lives(None, in_order=True))
     for seed in range(10):
         assert causes(lives(seed, in_order=True)) == wanted, f"seed {seed}"
+
+
+# --- the real agent's reporter, over real sockets -----------------------------------------------
+
+
+class Cutting:
+    """In front of the server: cuts connections before or after it did its work, and repeats it."""
+
+    def __init__(self, app: Any, dice: random.Random) -> None:
+        self._app, self._dice = app, dice
+        self.lost: Counter[str] = Counter()
+
+    def __call__(self, environ: Any, start_response: Any) -> Any:
+        body = environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"]))
+        luck = self._dice.random()
+        if luck < 0.15:
+            return self._cut(environ, start_response, "requests")
+        for _ in range(2 if self._dice.random() < 0.2 else 1):
+            answered = run_wsgi_app(self._app, {**environ, "wsgi.input": io.BytesIO(body)}, True)
+        if luck < 0.30:
+            return self._cut(environ, start_response, "answers")
+        said, status, headers = answered
+        start_response(status, list(headers))
+        return said
+
+    def _cut(self, environ: Any, start_response: Any, why: str) -> Any:
+        self.lost[why] += 1
+        environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
+        start_response("500 Cut", [])
+        return []
+
+
+class Silent(WSGIRequestHandler):
+    def log(self, *_: Any, **__: Any) -> None:
+        """Nothing."""
+
+
+@contextlib.contextmanager
+def serving(app: Any) -> Iterator[str]:
+    server = make_server("127.0.0.1", 0, app, threaded=True, request_handler=Silent)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.port}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def test_the_real_reporter_gets_every_fact_through_and_none_twice(
+    edge: Any, tmp_path: Path
+) -> None:
+    agent = edge.agent()
+    cutting = Cutting(edge.app.wsgi_app, random.Random(7))
+    with serving(cutting) as url:
+        reporter = Reporter(
+            dataclasses.replace(agent.spec, report_url=url + agent.path),
+            Spool(tmp_path / "spool"),
+            clock=Clock(wall=lambda: edge.clock().timestamp()),
+            halt=Halt(),
+            on_order=lambda order: None,
+            on_heard=lambda: None,
+            delays=(0.001,),
+        )
+        for fact, data in SETTING_UP[:-3]:
+            reporter.put(fact, data)
+        for step in range(200):
+            reporter.put(Fact.TRAINING_PROGRESS, {"step": step, "total": 200, "points": [step]})
+            if step % 10 == 0:
+                reporter.put(Fact.TRAINING_SAMPLE, {"step": step})
+            if step == 100:
+                reporter.start()
+        assert reporter.flush(60)
+        reporter.close()
+    with edge.store.transaction() as tx:
+        events = [item for item in tx.events(agent.spec.job, limit=10_000) if item.agent_seq]
+        assert tx.job(agent.spec.job).status is Status.TRAINING
+    assert [item.agent_seq for item in events] == list(range(1, len(events) + 1))
+    told = [item.type for item in events if item.type not in ("training.progress", "heartbeat")]
+    assert told == [fact.value for fact, _ in SETTING_UP[:-3]] + ["training.sample"] * 20
+    points = [
+        point
+        for item in events
+        if item.type == "training.progress"
+        for point in item.data["points"]
+    ]
+    assert points == list(range(200)), "merged while they waited, and none lost"
+    assert min(cutting.lost["requests"], cutting.lost["answers"]) > 0
