@@ -62,8 +62,8 @@ def verdict(
     `since` is how long an agent could have been heard: a machine that found our door closed is
     not stuck.
     """
-    retrying = bool(_RETRYING.search(seen.message))
-    said = _NUMBERS.sub("…", seen.message) if retrying else seen.message
+    retrying = bool(_RETRYING.search(_said(seen)))
+    said = _NUMBERS.sub("…", _said(seen)) if retrying else _said(seen)
     note = f"{seen.phase}: {said}"[:500]
     noted_at = lease.noted_at if lease.noted_at and lease.note == note else now
     reason = None
@@ -75,24 +75,29 @@ def verdict(
     return Verdict(note=note, noted_at=noted_at, reason=reason)
 
 
+def _said(seen: Seen) -> str:
+    """The market's words as every database can keep them."""
+    return "".join(char if char.isprintable() else " " for char in seen.message).strip()[:500]
+
+
 def ended(lease: Lease, seen: Seen) -> Reason:
     """Why a machine will not run (again)."""
     ready = lease.ready_at is not None
     if not ready and (reason := _no_image(seen)):
         return reason
     if seen.preempted and lease.bid:
-        return Reason(code=OUTBID, message=seen.message or "somebody bid more for the machine")
+        return Reason(code=OUTBID, message=_said(seen) or "somebody bid more for the machine")
     if ready:
-        return Reason(code="host.ended", message=seen.message or "the instance ended")
+        return Reason(code="host.ended", message=_said(seen) or "the instance ended")
     what = "lost its GPU before it ran" if seen.preempted else "was given up before it ran"
     return _boot(f"the instance {what}", seen)
 
 
 def _no_image(seen: Seen) -> Reason | None:
-    if not _NO_IMAGE.search(seen.message):
+    if not _NO_IMAGE.search(_said(seen)):
         return None
     # No machine's fault, and no other machine would fare better.
-    return Reason(code="image.unavailable", message=seen.message, retryable=False)
+    return Reason(code="image.unavailable", message=_said(seen), retryable=False)
 
 
 def _stuck(
@@ -115,7 +120,7 @@ def _stuck(
 
 
 def _boot(what: str, seen: Seen) -> Reason:
-    return Reason(code="host.boot", message=f"{what}: {seen.message}" if seen.message else what)
+    return Reason(code="host.boot", message=f"{what}: {_said(seen)}" if _said(seen) else what)
 
 
 # --- what the machine says of itself ----------------------------------------------------------

@@ -129,6 +129,15 @@ def test_the_end_of_a_machine_that_ran(bid: int, preempted: bool, code: str) -> 
     assert ends_after(rented(ready_at=NOW, bid=bid), shown) == (code, 0)
 
 
+def test_words_that_no_database_keeps_are_left_out() -> None:
+    shown = Shown(phase="ended", message="a\x00b\ud800\nc " + "x" * 9999)
+    verdict = boot.verdict(rented(), shown, NOW)
+    assert verdict.reason is not None
+    for kept in (verdict.note, verdict.reason.message):
+        assert kept.isprintable()
+        assert len(kept) < 1000
+
+
 # --- lies -------------------------------------------------------------------------------------
 
 HONEST = {
