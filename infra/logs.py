@@ -17,6 +17,9 @@ STARS = "***"
 _SECRET_TEXTS = re.compile(
     r"(whsec_)[A-Za-z0-9+/=_-]+"
     r"|(stk_(?:live|test)_)[A-Za-z0-9_-]+"
+    r"|(\bhf_)[A-Za-z0-9]{8,}"
+    # JSON, and the repr of a mapping
+    r"|((?:token|secret|password|authorization|api_key)[\"']\s*:\s*[\"'])[^\"']+"
     r"|((?:Bearer|Basic)\s+)[^\s\"',]+"
     r"|((?:X-Amz-(?:Signature|Credential|Security-Token)|Signature|token|api_key|apikey|key"
     r"|secret|password)=)[^&\s\"']+"

@@ -21,6 +21,9 @@ SECRETS = [
     "postgresql://stoker:deadbeef00@db/stoker",
     "redis://:deadbeef00@cache:6379/0",
     "password=deadbeef00",
+    "hf_deadbeef00deadbeef00",
+    'the body was {"token": "deadbeef00", "nonce": "1"}',
+    "its environment: {'STOKER_TOKEN': 'deadbeef00', 'A': 1}",
 ]
 CANARIES = ["MfKQ9r8", "0123456789abcdef", "deadbeef00", "AKIA0123"]
 
