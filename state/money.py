@@ -35,17 +35,20 @@ class Cost:
 
 
 def cost(lease: Lease, now: datetime) -> Cost:
-    """What a lease has cost until `now` by our own count: never less than the truth, and exact to
-    the time between two looks once it is released.
+    """What a lease has cost until `now` by our own count.
 
     The disk is billed from the create call until the instance is gone, the GPU only while it
-    runs: from the last look that showed it booting until its end was confirmed.
+    runs: that began between the last look that showed it booting and the first that showed it
+    running. While it is open the count is never less than the truth; once it is released, it
+    takes the middle of that time, and is wrong by half of it at most.
     """
     if lease.rented_at is None:
         return Cost()
     gone = lease.released_at or now
     began = lease.booting_at or lease.rented_at
     ran_from = began if lease.running_at is None else min(began, lease.running_at)
+    if lease.released_at and lease.running_at:
+        ran_from += (lease.running_at - ran_from) / 2
     ran_until = min(lease.ended_at or gone, gone)
     return Cost(
         gpu=_for(lease.price - lease.storage_price, ran_until - ran_from),

@@ -96,7 +96,8 @@ class Keeper:
             except NotFound:
                 return
             lease = tx.lease(lease_id, lock=True)
-            if lease.status is not LeaseStatus.RENTED or now < renting.last_words_at(lease, now):
+            early = lease.expires_at - renting.LAST_WORDS
+            if lease.status is not LeaseStatus.RENTED or now < early:
                 return
             if now >= lease.expires_at:
                 record.machine_failed(tx, lease.id, self._ended(tx, job, lease), now, self.rules)
