@@ -89,6 +89,22 @@ def test_every_way_to_fail_before_hello_excludes_the_machine_for_the_job(world: 
         assert tx.host("m1").boot_s == 40
 
 
+def test_a_boot_that_stands_still_is_replaced_within_the_attempt(world: Any) -> None:
+    world.provider._boot_s = lambda offer: 1e9
+    world.add_job(hedge=False)
+    until_rented(world, "job_1")
+    for _ in range(11):
+        for _ in range(3):
+            world.tick(10)
+        sweep(world.keeper, "test")
+    for _ in range(70):
+        world.tick()
+    assert [(item.machine_id, item.attempt) for item in world.leases()] == [("m1", 1), ("m2", 1)]
+    with world.store.transaction() as tx:
+        (event,) = tx.events("job_1", type="machine.failed")
+    assert event.data["reason"]["message"] == "the boot is stuck, for 5 min: Pull complete"
+
+
 def test_a_boot_that_times_out_is_held_against_both_machines_of_a_race(world: Any) -> None:
     world.add_job()
     world.provider._boot_s = lambda offer: 1e9

@@ -170,6 +170,16 @@ def test_nothing_counts_while_the_server_itself_was_away(world: Any) -> None:
     assert world.job().status is Status.TRAINING
 
 
+def test_a_short_break_of_the_server_is_no_time_of_the_agent(world: Any) -> None:
+    reach(world, *TO_TRAINING)
+    world.receiver_up = False
+    for _ in range(24):
+        world.tick()
+    world.receiver_up = True
+    stalled = live(world, 200, lambda passed: (Fact.HEARTBEAT, {"moved": 5}))
+    assert 50 <= stalled <= 60
+
+
 def test_where_why_and_when_are_in_the_job_the_event_and_the_webhook(world: Any) -> None:
     reach(world, *TO_TRAINING)
     live(world, 300, lambda passed: (Fact.HEARTBEAT, {"moved": 5}))
@@ -232,6 +242,15 @@ def test_an_end_that_stays_as_far_away_as_ever_is_seen(world: Any) -> None:
     say = lambda passed: (Fact.TRAINING_PROGRESS, {**data, "moved": next(moved)})  # noqa: E731
     stalled = live(world, 8 * 3600, say)
     assert stalled <= 40 * 60
+
+
+def test_what_a_trainer_believes_in_its_first_minute_is_not_held_against_it(world: Any) -> None:
+    reach(world, *TO_TRAINING)
+    for moved in range(10, 15):
+        data = {"step": moved, "total": 10_000, "eta_s": 1.0, "moved": moved}
+        world.report(Fact.TRAINING_PROGRESS, data)
+        world.tick(10)
+    assert training(world, lambda passed: 1.0) == NEVER
 
 
 @pytest.mark.parametrize("at", [120, 1500])
