@@ -30,6 +30,9 @@ class _Nothing:
     def presign_get(self, key: str, *, expires_s: int) -> str:
         return self.url
 
+    def head(self, key: str) -> int | None:
+        return None
+
 
 def edge(env: Mapping[str, str] = os.environ) -> Flask:
     """The real edge and the real store; wake-ups go nowhere."""
