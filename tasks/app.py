@@ -20,6 +20,7 @@ from celery.signals import setup_logging, worker_ready, worker_shutting_down
 from infra import guard, logs
 from infra.wiring import Services, services
 from tasks import reconcile as passes
+from tasks import rounds
 from tasks.allocate import Renter, Terms
 from tasks.cleanup import cleanup as clean
 from tasks.dataset import DatasetBuilder
@@ -70,6 +71,7 @@ _NAMES: Mapping[str, str] = {
     "verify": "verify_weights",
     "relay": "relay",
     "sweep": "sweep",
+    "cleanup": "cleanup",
 }
 
 
@@ -177,6 +179,8 @@ def relay(job_ids: list[str]) -> None:
 @app.task(name="reconcile")
 def reconcile() -> None:
     have = services()
+    for task in rounds.due(have.store, have.clock()):
+        wake(task, [])
     while passes.reconcile(have.store, wake, have.clock()).jobs >= passes.BATCH:
         pass  # a full batch: there is more that is due
 
@@ -187,6 +191,6 @@ def sweep(_: Sequence[str] = ()) -> None:
 
 
 @app.task(name="cleanup")
-def cleanup() -> None:
+def cleanup(_: Sequence[str] = ()) -> None:
     have = services()
     clean(have.store, have.storage, have.clock, timedelta(days=have.settings.retention_days))

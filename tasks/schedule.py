@@ -1,4 +1,8 @@
-"""What beat sends, and how often (seconds). A tick that finds no worker in time is dropped."""
+"""What beat sends, and how often (seconds). A tick that finds no worker in time is dropped.
+
+Beat has no memory: what comes more seldom than beat may be started anew is due by the database
+(`tasks.rounds`), and the reconcile pass asks for it.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,4 @@ def _every(task: str, seconds: float) -> dict[str, Any]:
 
 BEAT: dict[str, dict[str, Any]] = {
     "reconcile": _every("reconcile", 1.0),
-    "sweep": _every("sweep", 30.0),
-    "cleanup": _every("cleanup", 3600.0),
 }
