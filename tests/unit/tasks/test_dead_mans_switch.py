@@ -6,6 +6,7 @@ The machine's own layer, alone: `tests/integration/agent/test_dead_mans_switch.p
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 from gpu_agent.wire import Fact
@@ -32,17 +33,20 @@ def test_a_lease_that_ends_takes_its_machine_though_it_works_on_and_nobody_sweep
 ) -> None:
     training(world)
     (machine,) = alive(world)
+    # shorter than what a training may take, so that nothing else ends it
+    ends = world.clock() + timedelta(hours=1)
     (lease,) = world.leases()
+    with world.store.transaction() as tx:
+        tx.save_lease(lease.evolve(expires_at=ends, due_at=ends))
     step = 0
-    while world.clock() < lease.expires_at:
+    while world.clock() < ends:
         assert machine in alive(world)
         step += 1
         world.report(Fact.TRAINING_PROGRESS, {"step": step, "total": 10**6, "moved": step})
         world.tick(30)
-    for _ in range(10):
-        world.tick(30)
+    for _ in range(5):
+        world.tick(3)  # too short for its silence to be the reason
     assert machine not in alive(world)
-    assert world.leases()[0].status is LeaseStatus.RELEASED
 
 
 def test_a_machine_whose_lease_was_released_by_mistake_goes_at_the_second_sweep(
