@@ -44,6 +44,8 @@ WAKING = frozenset(
 PAUSE = timedelta(seconds=5)
 #: Under this owner the ids that came already are kept; no customer has a name like it.
 SENDER = "/vast"
+#: How a subject names an instance, where there is no data to do so.
+_NUMBER = re.compile(r"#([1-9][0-9]{0,17})\b", re.ASCII)
 _WORD = re.compile(r"[\x21-\x7e]{1,128}")
 
 
@@ -71,6 +73,8 @@ class Hint:
             raise _unclear()
         number = data.get("instance_id") if isinstance(data, dict) else None
         named = str(number) if type(number) is int and 0 < number < 2**63 else ""
+        if data is None and (found := _NUMBER.search(str(value.get("subject"))[:1000])):
+            named = found[1]
         return cls(event=event, kind=kind.removeprefix("client:"), instance=named)
 
 
