@@ -153,8 +153,10 @@ attempts = Table(
     Column("secret", LargeBinary, nullable=True),
     _text("nonce", null=True),
     _time("hello_at", null=True),
+    _flag("cleared"),
     PrimaryKeyConstraint("job", "number"),
 )
+Index("attempts_kept", attempts.c.created_at, postgresql_where=~attempts.c.cleared)
 
 leases = Table(
     "leases",

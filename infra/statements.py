@@ -41,6 +41,7 @@ from infra import codecs
 from infra.codecs import Codec
 from infra.schema import (
     artefacts,
+    attempts,
     datasets,
     deliveries,
     events,
@@ -261,6 +262,12 @@ def job_listing(
     if before is not None:
         wanted = wanted.where(jobs.c.id < before)
     return wanted
+
+
+def attempts_over(codec: Codec[Any], when: datetime) -> Select[Any]:
+    wanted = listing(codec, "created_at", "job", "number")
+    wanted = wanted.join(jobs, jobs.c.id == attempts.c.job)
+    return wanted.where(~attempts.c.cleared, _HAS_ENDED, jobs.c.finished_at < when)
 
 
 def job_counts() -> Select[Any]:

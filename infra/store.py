@@ -385,6 +385,10 @@ class SqlTransaction:
         wanted = statements.listing(self._attempts, "number")
         return self._values(self._attempts, wanted.where(schema.attempts.c.job == job_id))
 
+    def attempts_over(self, when: datetime, limit: int) -> list[Attempt]:
+        wanted = statements.attempts_over(self._attempts, when)
+        return self._values(self._attempts, wanted.limit(limit))
+
     # leases
 
     def add_lease(self, lease: Lease) -> None:

@@ -92,6 +92,7 @@ class Attempt(Value):
 
     `nonce` is what that agent sent with its hello: the same nonce within a minute gets the same
     answer again. The token that a hello is made with is the machine's (`Lease.token_hash`).
+    `cleared` says that what it uploaded is deleted, and its secret forgotten.
     """
 
     job: str
@@ -100,6 +101,7 @@ class Attempt(Value):
     secret: Secret | None = None
     nonce: str | None = None
     hello_at: datetime | None = None
+    cleared: bool = False
 
 
 class DatasetStatus(enum.StrEnum):

@@ -374,6 +374,15 @@ class MemoryTransaction:
         of_job = self._data.attempts.get(job_id, _NOTHING)
         return [of_job[number] for number in sorted(of_job)]
 
+    def attempts_over(self, when: datetime, limit: int) -> list[Attempt]:
+        kept = (item for rows in self._data.attempts.values() for item in rows.values())
+        over = [item for item in kept if not item.cleared and self._job_ended(item.job, when)]
+        return sorted(over, key=lambda item: (item.created_at, item.job, item.number))[:limit]
+
+    def _job_ended(self, job_id: str, when: datetime) -> bool:
+        finished = self._data.jobs[job_id].finished_at
+        return finished is not None and finished < when
+
     # leases
 
     def add_lease(self, lease: Lease) -> None:

@@ -74,6 +74,8 @@ class Transaction(Protocol):
         """Raises `NotFound`."""
 
     def list_attempts(self, job_id: str) -> list[Attempt]: ...
+    def attempts_over(self, when: datetime, limit: int) -> list[Attempt]:
+        """Not cleared, of jobs that ended before `when`; oldest first."""
 
     # leases
     def add_lease(self, lease: Lease) -> None:

@@ -22,6 +22,7 @@ _NEW: dict[str, tuple[sa.Column[Any], ...]] = {
         sa.Column("moved_at", sa.DateTime(timezone=True)),
         sa.Column("interruptions", sa.BigInteger(), **_NOTHING),
     ),
+    "attempts": (sa.Column("cleared", sa.Boolean(), **_NO),),
     "leases": (
         sa.Column("token_hash", sa.Text(collation="C")),
         sa.Column("token_expires_at", sa.DateTime(timezone=True)),
@@ -73,6 +74,9 @@ def upgrade() -> None:
         "UPDATE leases SET reserved = ceil(price"
         " * greatest(extract(epoch FROM expires_at - created_at), 0) / 3600)"
         " WHERE status <> 'released'"
+    )
+    op.create_index(
+        "attempts_kept", "attempts", ["created_at"], postgresql_where=sa.text("NOT cleared")
     )
     op.drop_constraint("attempts_token_hash_key", "attempts")
     op.drop_column("attempts", "token_hash")

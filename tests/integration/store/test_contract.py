@@ -465,6 +465,21 @@ def test_attempts_are_found_by_number(make, commit):
     assert commit("attempt", "job_1", 2, lock=True) == second
 
 
+def test_attempts_of_jobs_that_ended_are_found_until_they_are_cleared(make, commit):
+    ended = make.job(status=Status.FAILED, finished_at=make.now)
+    alive = make.job(status=Status.TRAINING)
+    for job in (ended, alive):
+        commit("add_job", job)
+        commit("add_attempt", make.attempt(job.id, 1))
+    second = make.attempt(ended.id, 2)
+    commit("add_attempt", second)
+    assert commit("attempts_over", make.now, 10) == []
+    assert [item.number for item in commit("attempts_over", make.after(1), 10)] == [1, 2]
+    assert len(commit("attempts_over", make.after(1), 1)) == 1
+    commit("save_attempt", second.evolve(cleared=True))
+    assert [item.number for item in commit("attempts_over", make.after(1), 10)] == [1]
+
+
 def test_an_attempt_is_unique(make, commit):
     attempt = make.attempt("job_1", 1)
     commit("add_attempt", attempt)

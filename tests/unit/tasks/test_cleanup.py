@@ -26,7 +26,6 @@ def artefact(world: Any, name: str) -> Artefact:
 
 def test_old_results_of_an_ended_job_expire_and_young_ones_stay(world: Any, storage: Any) -> None:
     world.add_job()
-    storage.objects["jobs/job_1/attempts/1/old"] = b"x"
     for name, days in (("old", 31), ("young", 0)):
         storage.objects[f"jobs/job_1/result/{name}"] = b"x"
         with world.store.transaction() as tx:
@@ -41,6 +40,27 @@ def test_old_results_of_an_ended_job_expire_and_young_ones_stay(world: Any, stor
             "young": False,
         }
     assert cleanup(world.store, storage, world.clock, MONTH).artefacts == 0
+
+
+def test_what_attempts_uploaded_goes_a_week_after_the_jobs_end_however_it_ended(
+    world: Any, storage: Any
+) -> None:
+    world.add_job()
+    world.tick()
+    world.hello()
+    storage.objects["jobs/job_1/attempts/1/checkpoints/1-a/lora.safetensors"] = b"x"
+    world.clock.advance(40 * 86_400)
+    assert cleanup(world.store, storage, world.clock, MONTH).attempts == 0, "it runs still"
+    with world.store.transaction() as tx:
+        record.cancel(tx, "job_1", world.clock())
+    world.clock.advance(6 * 86_400)
+    assert cleanup(world.store, storage, world.clock, MONTH).attempts == 0
+    world.clock.advance(2 * 86_400)
+    assert cleanup(world.store, storage, world.clock, MONTH).attempts == 1
+    assert not storage.objects
+    with world.store.transaction() as tx:
+        assert tx.attempt("job_1", 1).secret is None, "and nobody can sign for it any more"
+    assert cleanup(world.store, storage, world.clock, MONTH).attempts == 0
 
 
 def test_a_dataset_goes_when_no_live_job_uses_it(world: Any, storage: Any) -> None:
