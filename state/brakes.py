@@ -183,3 +183,8 @@ def _failures(made: Sequence[Lease]) -> list[Lease]:
 
 def _failed_at(lease: Lease) -> datetime:
     return lease.releasing_at or lease.released_at or lease.created_at
+
+
+def switch(tx: Transaction, *, stopped: bool, why: str, now: datetime) -> None:
+    """Stop renting, or let it go on, in every process at once."""
+    tx.beat(RENTING, now, {"stopped": stopped, "why": why[:500]})

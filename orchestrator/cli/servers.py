@@ -40,10 +40,12 @@ from orchestrator.cli.processes import (
     web_argv,
     worker_argv,
 )
+from state import alarms, brakes
+from state.alarms import Alarm, Severity
 from state.diagram import markdown
 from state.errors import StokerError
 from state.events import ApiKey
-from tasks.deallocate import Keeper, Swept
+from tasks.deallocate import Keeper, Sight, Swept
 from tasks.deallocate import sweep as sweep_account
 
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
@@ -59,6 +61,8 @@ READY_S = 30.0
 def register(app: typer.Typer) -> None:
     for command in (up, serve, worker, beat, doctor, sweep, diagram):
         app.command()(command)
+    app.command("stop-renting")(stop_renting)
+    app.command("resume-renting")(resume_renting)
     for name, verbs, words in (
         ("keys", (create, ls, revoke, secret), "API keys, and the key for secrets at rest."),
         ("db", (db_upgrade, db_current), "The database's schema."),
@@ -388,6 +392,8 @@ MENDS = {
     "public": "set STOKER_PUBLIC_URL to what rented machines can reach, and start `stoker serve`",
     "sweep": "see the worker's log; instances may be running unseen",
 }
+#: Alarms that the parts above tell of.
+SAID = frozenset({"worker.stale", "beat.stale", "sweep.stale"})
 #: Those that ask the database.
 BEHIND_DATABASE = ("worker", "beat", "sweep")
 
@@ -397,19 +403,45 @@ def doctor(as_json: AsJson = False) -> None:
 
     Example: stoker doctor
     """
-    faults = examine(Services(here()))
+    have = Services(here())
+    faults = examine(have)
+    # What a part's own check says already is not said twice.
+    red = [] if faults["database"] else [item for item in _alarms(have) if item.code not in SAID]
     if as_json:
-        print_json(
-            {name: {"ok": not fault, "fault": fault, "mend": fault and MENDS[name]}
-             for name, fault in faults.items()}
-        )  # fmt: skip
+        parts: dict[str, Any] = {
+            name: {"ok": not fault, "fault": fault, "mend": fault and MENDS[name]}
+            for name, fault in faults.items()
+        }
+        print_json(parts | {"alarms": [_alarm_row(item) for item in red]})
     else:
         for name, fault in faults.items():
             words = f"{fault}; mend: {MENDS[name]}" if fault else "well"
             out.print("[red]✘[/]" if fault else "[green]✔[/]", end=" ")
             out.print(f"{name:9} {words}", markup=False, soft_wrap=True)
-    if any(faults.values()):
+        for item in red:
+            out.print(
+                "[red]✘[/]" if item.severity is Severity.CRITICAL else "[yellow]![/]", end=" "
+            )
+            words = f"{item.code}: {item.message}; mend: {item.mend}"
+            out.print(words, markup=False, soft_wrap=True)
+    if any(faults.values()) or red:
         raise typer.Exit(int(Exit.DOCTOR))
+
+
+def _alarms(have: Services) -> list[Alarm]:
+    settings = have.settings
+    with have.store.transaction() as tx:
+        return alarms.standing(tx, settings.limits, have.clock(), kill_switch=settings.kill_switch)
+
+
+def _alarm_row(item: Alarm) -> dict[str, str]:
+    return {
+        "code": item.code,
+        "severity": item.severity,
+        "message": item.message,
+        "since": item.since.isoformat(),
+        "mend": item.mend,
+    }
 
 
 def examine(have: Services) -> dict[str, str | None]:
@@ -485,7 +517,12 @@ def sweep(
     Example: stoker sweep --dry-run
     """
     have = Services(here())
-    keeper = Keeper(store=have.store, provider=have.provider, clock=have.clock)
+    keeper = Keeper(
+        store=have.store,
+        provider=have.provider,
+        clock=have.clock,
+        image_bytes=have.settings.image_bytes,
+    )
     swept: Swept = sweep_account(keeper, have.settings.deployment, dry_run=dry_run)
     if as_json:
         print_json(dataclasses.asdict(swept))
@@ -498,12 +535,47 @@ def sweep(
             swept.unreadable,
             "`stoker doctor` looks at Vast",
         )
-    rows = [
-        (name, ", ".join(value) or "none" if isinstance(value, tuple) else str(value))
-        for name, value in dataclasses.asdict(swept).items()
-        if name != "unreadable"
-    ]
-    print_rows(out, rows)
+    title = ("INSTANCE", "LABEL", "MACHINE", "AGE", "$/h", "VERDICT", "WHY")
+    print_rows(out, [title, *(_sight_row(item, dry_run) for item in swept.sights)])
+    if swept.doubtful:
+        err.print("the list shows none of our machines; it is not believed yet", markup=False)
+    for lease in swept.lost:
+        err.print(f"{lease}: its machine is gone; its job was told", markup=False)
+
+
+def _sight_row(item: Sight, dry_run: bool) -> tuple[str, ...]:
+    verdict = "to destroy" if dry_run and item.verdict == "destroyed" else item.verdict
+    age = f"{item.age_s // 3600}h{item.age_s % 3600 // 60:02d}m"
+    price = f"{item.price / 1_000_000:.3f}"
+    return item.instance, item.label or "-", item.machine, age, price, verdict, item.why
+
+
+def stop_renting(
+    why: Annotated[str, typer.Option(help="For those who ask why jobs wait.")] = "",
+) -> None:
+    """Rent nothing from now on, in every process; releasing goes on. Jobs wait.
+
+    Example: stoker stop-renting --why "prices doubled"
+    """
+    _switch(Services(here()), stopped=True, why=why)
+    out.print("renting is stopped; `stoker resume-renting` lets it go on", markup=False)
+
+
+def resume_renting() -> None:
+    """Rent again after `stop-renting`.
+
+    Example: stoker resume-renting
+    """
+    have = Services(here())
+    _switch(have, stopped=False, why="")
+    out.print("renting goes on", markup=False)
+    if have.settings.kill_switch:
+        err.print("but STOKER_KILL_SWITCH is set, and stops it still", markup=False)
+
+
+def _switch(have: Services, *, stopped: bool, why: str) -> None:
+    with have.store.transaction() as tx:
+        brakes.switch(tx, stopped=stopped, why=why, now=have.clock())
 
 
 def diagram() -> None:
