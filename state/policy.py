@@ -69,6 +69,8 @@ class Policy:
     interruptions: int = 2
     frozen: Mapping[Status, timedelta] = field(
         default_factory=lambda: {
+            # Once the agent is there: drivers may take long to wake.
+            Status.PENDING_GPU: timedelta(minutes=3),
             Status.PENDING_IMAGES: timedelta(seconds=50),
             Status.PENDING_MODEL: timedelta(seconds=50),
             Status.TRAINING: timedelta(seconds=50),

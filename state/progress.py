@@ -138,6 +138,8 @@ def place(job: Job) -> tuple[str, str]:
     """What should have gone forward, and where it stands: ("step", "step 412/1000")."""
     said = job.progress
     match job.status:
+        case Status.PENDING_GPU:
+            return "word of the GPU", "the agent's hello"
         case Status.PENDING_IMAGES if "files" in said.get("images", {}):
             return "unpacked image", _of(said["images"], "files", "image ")
         case Status.PENDING_IMAGES:

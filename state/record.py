@@ -7,6 +7,7 @@ the job no longer needs, and the time at which somebody must look again.
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -45,6 +46,10 @@ WEBHOOK_TYPES: Mapping[Status, str] = {
 }
 #: Somebody bid more for the machine than we did.
 OUTBID = "host.outbid"
+#: What an agent says when its machine is being taken away.
+TERMINATED = "agent.terminated"
+#: Whether these are so is not for an agent to say: they cost no try, or blame nobody.
+SERVERS_WORDS = (OUTBID, "account.", "budget.", "image.", "pending.")
 #: Reasons that say nothing against the machine on which they happened …
 NOT_THE_HOSTS_FAULT = (
     *("dataset.", "model.", "image.", "recipe.", "training.", "budget.", "account.", "pending."),
@@ -191,10 +196,14 @@ class _Pen:
 
     def stall(self, job: Job, reason: Reason) -> Job:
         """Stall, and fail at once when no retry will come."""
+        machines = _machines_of(self.tx, job)
+        if reason.code == TERMINATED and any(lease.bid for lease in machines):
+            # The agent cannot know why; the market's list says so only after this.
+            reason = dataclasses.replace(reason, code=OUTBID)
         if reason.code == OUTBID or reason.code.startswith("account."):
             job = job.evolve(interruptions=job.interruptions + 1)
         again = policy.retry_at(job, reason, self.now, self.rules)
-        for lease in _machines_of(self.tx, job):
+        for lease in machines:
             job = self.blame(job, lease, reason)
         job, steps = machine.move(job, Move.STALL, self.now, reason=reason, retry_at=again)
         job = self.passed(job, steps)
@@ -302,8 +311,11 @@ def _earlier(one: datetime | None, other: datetime | None) -> datetime | None:
 
 
 def _reason(data: Mapping[str, Any]) -> Reason:
+    code = str(data.get("code") or "agent.error")[:100]
+    if code.startswith(SERVERS_WORDS):
+        code = f"agent.{code}"
     return Reason(
-        code=str(data.get("code") or "agent.error")[:100],
+        code=code,
         message=str(data.get("message") or "the agent reported an error without a message")[:2000],
         retryable=bool(data.get("retryable", True)),
     )

@@ -7,6 +7,8 @@ import random
 from statistics import fmean
 from typing import Any
 
+import pytest
+
 from gpu_agent.wire import Fact
 from infra.provider_memory import Fault
 from state import record
@@ -167,6 +169,29 @@ def test_a_job_that_was_outbid_has_lost_no_try_and_then_rents_on_demand(world: A
     assert until_rented(world, "job_1").bid == 0
     world.report(Fact.ERROR, {"code": "trainer.crashed", "message": "x"})
     assert world.job().status is Status.FAILED
+
+
+@pytest.mark.parametrize(("bid", "lost"), [(90_000, 1), (0, 0)])
+def test_a_machine_by_bid_that_is_taken_away_was_outbid(world: Any, bid: int, lost: int) -> None:
+    add_offer(world, 10, price=100_000, bid=bid)
+    world.add_job(interruptible=True)
+    assert until_rented(world, "job_1").bid == bid
+    words = {"code": "agent.terminated", "message": "the machine was told to shut down"}
+    world.report(Fact.ERROR, words)
+    job = world.job()
+    assert job.interruptions == lost
+    assert job.reason.code == ("host.outbid" if bid else "agent.terminated")
+    assert job.excluded_machines == (() if bid else ("h10",))
+
+
+@pytest.mark.parametrize("claim", [record.OUTBID, "account.credit", "budget.job", "image.x"])
+def test_a_host_cannot_say_that_its_failure_is_not_its_own(world: Any, claim: str) -> None:
+    world.add_job(max_attempts=1)
+    until_rented(world, "job_1")
+    world.report(Fact.ERROR, {"code": claim, "message": "not me"})
+    job = world.job()
+    assert (job.status, job.reason.code) == (Status.FAILED, f"agent.{claim}")
+    assert (job.interruptions, job.excluded_machines) == (0, ("m1",))
 
 
 def test_the_choice_is_explained_on_the_job(world: Any) -> None:

@@ -74,6 +74,13 @@ def test_an_agent_that_lives_but_gets_nothing_done_is_seen_within_a_minute(
     assert (world.job().stalled_from, world.job().excluded_machines) == (status, ("m1",))
 
 
+def test_a_gpu_that_never_answers_its_agent_is_given_up(world: Any) -> None:
+    reach(world)
+    stalled = live(world, 1000, lambda passed: (Fact.HEARTBEAT, {"moved": 0}))
+    assert 180 <= stalled <= 190
+    assert why(world).message == "no word of the GPU for 3 min at the agent's hello"
+
+
 @pytest.mark.parametrize("reached", [TO_TRAINING[:1], TO_TRAINING[:2], TO_TRAINING])
 def test_slow_but_moving_is_not_stalled(world: Any, reached: tuple[Fact, ...]) -> None:
     reach(world, *reached)
