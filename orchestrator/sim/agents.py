@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from gpu_agent import wire
 from gpu_agent.wire import Fact, Order
 from infra.provider_memory import Rental
-from orchestrator.sim.kernel import seconds
+from orchestrator.sim.kernel import START
 
 if TYPE_CHECKING:
     from orchestrator.sim.world import World
@@ -90,10 +90,10 @@ class Agent:
 
     def _begin(self, spec: Mapping[str, Any]) -> None:
         self.job, self.attempt, self.secret = spec["job"], spec["attempt"], spec["secret"]
-        self.lease_ends_at = spec["lease_ends_at"]
+        self.lease_ends_at = spec["lease_ends_at"] - START.timestamp()
         self._tries = 0
         self.heard_at = self.kernel.t
-        self.kernel.at(self.lease_ends_at, self.watch)
+        self.kernel.at(self.lease_ends_at + 1.0, self.watch)
         self.kernel.after(SILENCE_S, self.watch)
         if self.world.hit("host.gpu"):
             code, text = "gpu.missing", "no CUDA device was found"
@@ -297,7 +297,8 @@ class Agent:
         elif self.kernel.t - self.heard_at >= SILENCE_S:
             self.give_back("the server was silent")
         elif not self.over:
-            self.kernel.at(min(self.heard_at + SILENCE_S, self.lease_ends_at), self.watch)
+            # Not at the very moment: sums of seconds are not exact.
+            self.kernel.at(min(self.heard_at + SILENCE_S, self.lease_ends_at) + 1.0, self.watch)
 
     def give_back(self, why: str) -> None:
         """End the own instance, where its key lets it."""
@@ -313,7 +314,3 @@ class Agent:
 
     def die(self) -> None:
         self.alive = False
-
-
-def boots_at(rental: Rental) -> float:
-    return seconds(rental.runs_from)

@@ -93,7 +93,8 @@ class World:
         self.store = Store(self.checker.watch, self.boundary)
         self.storage = Storage(self.hit, self.boundary)
         self.rules = policy.DEFAULT
-        offers = hosts(random, 40)
+        # Where bad machines stay, there must be enough of them to meet new ones all the time.
+        offers = hosts(random, 100 if cohort.bad_hosts else 60)
         count = round(len(offers) * cohort.bad_hosts)
         self.bad = {offer.machine_id for offer in random.sample(offers, count)}
         self.market = Market(
@@ -314,7 +315,7 @@ class World:
 
     def _fate(self, rental: Rental) -> str:
         if rental.offer.machine_id in self.bad:
-            return self.kernel.random.choice(BEFORE)
+            return self.kernel.random.choice((*BEFORE, "host.dies"))
         return next((kind for kind in (*BEFORE, *AFTER) if self.hit(kind)), "")
 
     def _end(self, rental: Rental) -> None:
@@ -325,7 +326,7 @@ class World:
         agent.die()
         known = self.store._data.hosts.get(rental.offer.machine_id)
         failed = known is not None and known.bad > known.good
-        if failed and not self.cohort.bad_hosts and self.kernel.random.random() < 0.7:
+        if failed and not self.cohort.bad_hosts and self.kernel.random.random() < 0.95:
             # Markets are larger than ours: what failed rarely comes back soon.
             self.market.replace(rental)
 
