@@ -412,7 +412,7 @@ def doctor(as_json: AsJson = False) -> None:
             name: {"ok": not fault, "fault": fault, "mend": fault and MENDS[name]}
             for name, fault in faults.items()
         }
-        print_json(parts | {"alarms": [_alarm_row(item) for item in red]})
+        print_json(parts | {item.code: _alarm_row(item) for item in red})
     else:
         for name, fault in faults.items():
             words = f"{fault}; mend: {MENDS[name]}" if fault else "well"
@@ -434,14 +434,10 @@ def _alarms(have: Services) -> list[Alarm]:
         return alarms.standing(tx, settings.limits, have.clock(), kill_switch=settings.kill_switch)
 
 
-def _alarm_row(item: Alarm) -> dict[str, str]:
-    return {
-        "code": item.code,
-        "severity": item.severity,
-        "message": item.message,
-        "since": item.since.isoformat(),
-        "mend": item.mend,
-    }
+def _alarm_row(item: Alarm) -> dict[str, Any]:
+    """As a part that is not well."""
+    said = {"severity": item.severity, "since": item.since.isoformat()}
+    return {"ok": False, "fault": item.message, "mend": item.mend, **said}
 
 
 def examine(have: Services) -> dict[str, str | None]:
