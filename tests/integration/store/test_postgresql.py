@@ -11,7 +11,7 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from infra import schema
+from infra import schema, statements
 from infra.crypto import SecretBox
 from infra.store import SqlStore
 from state.errors import Conflict, NotFound, SecretUnreadable, StoreUnavailable
@@ -280,3 +280,15 @@ def test_commits_are_durable_and_times_are_utc_whatever_the_server_prefers(
         store.close()
         with psycopg.connect(empty_database, autocommit=True) as connection:
             connection.execute(f"ALTER DATABASE {name} RESET ALL".encode())
+
+
+@pytest.mark.parametrize("table", [schema.jobs, schema.leases, schema.datasets], ids=str)
+def test_what_is_due_is_found_by_index(empty_database, make, table):
+    """However many rows there are; where there are few, only because it may not read them all."""
+    values = {"now": make.now, "until": make.after(60), "limit": 10}
+    with psycopg.connect(empty_database) as connection:
+        connection.execute("SET enable_seqscan = off")
+        claim = statements.claim(table, ("id",))
+        plan = [row[0].strip() for row in connection.execute(b"EXPLAIN " + claim, values)]
+    assert any(f"using {table.name}_due on" in line for line in plan), plan
+    assert any(line.startswith("Index Cond: (due_at <=") for line in plan), plan

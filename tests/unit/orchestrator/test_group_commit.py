@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import pytest
 
@@ -37,6 +37,24 @@ def test_those_who_wait_are_committed_together_in_order() -> None:
         held.set()
         assert [answer.result() for answer in answers] == list(range(8))
     assert [len(group) for group in groups] == [1, 3, 3, 1]
+
+
+def test_nobody_is_answered_before_its_item_is_on_disk() -> None:
+    begun, held = threading.Event(), threading.Event()
+
+    def apply(items: Sequence[int]) -> list[int]:
+        begun.set()
+        assert held.wait(10)
+        return list(items)
+
+    committer = GroupCommitter(apply)
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(committer.submit, 7, timeout_s=10)
+        assert begun.wait(10)
+        early, _ = wait([answer], timeout=0.05)
+        held.set()
+        assert not early
+        assert answer.result() == 7
 
 
 def test_a_poisoned_item_fails_alone() -> None:

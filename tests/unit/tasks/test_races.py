@@ -13,7 +13,7 @@ from gpu_agent.wire import Fact
 from infra.provider import Instance
 from infra.provider_memory import Fault, MemoryProvider
 from state import record
-from state.errors import Unknown
+from state.errors import Unknown, Unreadable
 from state.events import OutgoingStatus
 from state.job import Status
 from state.lease import LeaseStatus
@@ -89,6 +89,56 @@ def test_a_machine_too_young_for_any_list_is_not_taken_for_lost(clock: Any) -> N
         clock.advance(1)
         sweep(world.keeper, "test")
     assert world.leases()[0].status is LeaseStatus.RENTED
+
+
+def unreadable(verb: str) -> Fault | None:
+    return Fault(error=Unreadable("410 deprecated")) if verb == "instances" else None
+
+
+def test_lists_that_cannot_be_read_give_up_no_machine(world: World) -> None:
+    world.add_job()
+    world.tick()
+    sweep(world.keeper, "test")
+    world.provider.faults = unreadable
+    for _ in range(5):
+        world.clock.advance(30)
+        assert sweep(world.keeper, "test").unreadable
+    (lease,) = world.leases()
+    assert (lease.status, lease.absent) == (LeaseStatus.RENTED, 0)
+
+
+def test_lists_that_cannot_be_read_do_not_show_that_a_machine_is_gone(world: World) -> None:
+    world.add_job()
+    world.tick()
+    sweep(world.keeper, "test")
+    world.provider.faults = unreadable
+    with world.store.transaction() as tx:
+        record.cancel(tx, "job_1", world.clock())
+    for _ in range(5):
+        world.tick(60)
+    (lease,) = world.leases()
+    assert (lease.status, lease.absent) == (LeaseStatus.RELEASING, 0)
+    world.provider.faults = lambda verb: None
+    world.settle()
+
+
+def test_two_workers_with_the_same_message_rent_once(world: World) -> None:
+    """The second asks the market while the first still reads its answer."""
+    world.add_job()
+    offers = world.provider.offers
+    second: list[Any] = []
+
+    def slowly(*args: Any, **named: Any) -> Any:
+        answer = offers(*args, **named)
+        if not second:
+            second.append(None)
+            second[0] = world.renter.allocate("job_1")
+        return answer
+
+    world.provider.offers = slowly  # type: ignore[method-assign]
+    assert world.renter.allocate("job_1") is None
+    assert [lease.id for lease in world.leases()] == [second[0].id]
+    assert len(world.provider.rentals) == 1
 
 
 class Forgetful(MemoryProvider):

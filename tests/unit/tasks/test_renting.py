@@ -62,8 +62,11 @@ def test_the_machine_is_told_its_url_and_a_token_and_nothing_else(world: Any) ->
     world.renter.allocate("job_1")
     (rental,) = world.provider.rentals.values()
     assert set(rental.spec.env) == {"STOKER_URL", "STOKER_TOKEN"}
+    token = rental.spec.env["STOKER_TOKEN"]
     with world.store.transaction() as tx:
-        assert rental.spec.env["STOKER_TOKEN"] not in repr(tx.attempt("job_1", 1))
+        kept = [tx.attempt("job_1", 1), *tx.leases_of("job_1"), *tx.events("job_1")]
+    assert token not in repr(kept)
+    assert token not in repr(rental.spec)
 
 
 def test_an_offer_that_is_gone_is_followed_by_the_next(world: Any) -> None:
