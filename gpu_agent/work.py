@@ -295,12 +295,9 @@ class Work:
             self._method.requirements,
             work=self._home / "work",
             halt=self._halt,
-            on_text=self._hear_pip,
+            on_text=lambda line: spoken.info("%s", line),
+            moved=self._moved,
         )
-
-    def _hear_pip(self, line: str) -> None:
-        self._moved(1)
-        spoken.info("%s", line)
 
     # --- training ------------------------------------------------------------------------------
 

@@ -75,10 +75,12 @@ def install(
     work: Path,
     halt: Halt,
     on_text: Callable[[str], None],
+    moved: Callable[[int], None],
     python: Sequence[str] = (sys.executable,),
     version_of: Callable[[str], str | None] = installed,
 ) -> list[str]:
-    """Install what is missing; what that was.
+    """Install what is missing; what that was. `moved` is told of each line and of whatever pip
+    computes: it unpacks large packages for minutes without a word.
 
     Raises:
         Fault: `install.failed` or `host.disk_full`.
@@ -92,7 +94,7 @@ def install(
     pinned.write_text(constraints(version_of))
     argv = [*python, "-m", "pip", "install", "-c", str(pinned), *wanted]
     for _ in range(2):
-        code, last = _run(argv, halt, on_text)
+        code, last = _run(argv, halt, on_text, moved)
         if code == 0:
             importlib.invalidate_caches()
             return wanted
@@ -101,7 +103,9 @@ def install(
     raise Fault("install.failed", f"pip ended with {code}: {last}", retryable=True)
 
 
-def _run(argv: Sequence[str], halt: Halt, on_text: Callable[[str], None]) -> tuple[int, str]:
+def _run(
+    argv: Sequence[str], halt: Halt, on_text: Callable[[str], None], moved: Callable[[int], None]
+) -> tuple[int, str]:
     """Exit code and last line."""
     process = subprocess.Popen(
         argv,
@@ -128,11 +132,16 @@ def _run(argv: Sequence[str], halt: Halt, on_text: Callable[[str], None]) -> tup
             for line in stream:
                 if line.strip():
                     last = line.strip()[:500]
+                    moved(1)
                     on_text(f"pip: {last}")
 
     reader = threading.Thread(target=read, args=(process.stdout,), daemon=True)
     reader.start()
+    ticks = 0
     while process.poll() is None:
+        ticks, before = _cpu_ticks(process.pid), ticks
+        if ticks > before:
+            moved(1)
         if halt.wait(0.1):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -140,3 +149,12 @@ def _run(argv: Sequence[str], halt: Halt, on_text: Callable[[str], None]) -> tup
             halt.check()
     reader.join(1.0)
     return process.returncode, last
+
+
+def _cpu_ticks(pid: int) -> int:
+    """What a process has computed so far, in the kernel's ticks; 0 where that is not told."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return int(fields[11]) + int(fields[12])  # utime and stime, of proc(5)
+    except (OSError, IndexError, ValueError):
+        return 0

@@ -7,16 +7,8 @@ from flask_openapi.blueprint import APIBlueprint
 from flask_openapi.models.tag import Tag
 
 from orchestrator.api import auth, present, schemas
-from orchestrator.api.problems import Refusal
 from orchestrator.deps import Deps
 from state import alarms
-
-
-def _admit(deps: Deps) -> None:
-    """Raises: Refusal 401 or 403."""
-    auth.admit(deps.store)
-    if not auth.caller().operator:
-        raise Refusal(403, "forbidden", f"this key lacks the scope {auth.OPERATOR}")
 
 
 def operators(deps: Deps) -> APIBlueprint:
@@ -27,7 +19,7 @@ def operators(deps: Deps) -> APIBlueprint:
         abp_tags=[Tag(name="operators")],
         abp_security=[{"key": []}],
     )
-    api.before_request(lambda: _admit(deps))
+    api.before_request(lambda: auth.admit_operator(deps.store))
 
     @api.get("", operation_id="list_alarms", responses={"200": schemas.Alarms})
     def show() -> Response:

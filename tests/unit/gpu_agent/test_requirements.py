@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import tomllib
 from pathlib import Path
 
@@ -47,6 +48,7 @@ def test_what_is_satisfied_installs_nothing(tmp_path):
         work=tmp_path,
         halt=Halt(),
         on_text=print,
+        moved=print,
         python=["/no/such/python"],
         version_of=image(torch="2.13.0"),
     )
@@ -95,13 +97,14 @@ def pip(tmp_path):
     return make
 
 
-def run(tmp_path, python, halt=None):
+def run(tmp_path, python, halt=None, moved=lambda amount: None):
     said = []
     install(
         ["accelerate>=1.15", "torch>=2.6"],
         work=tmp_path,
         halt=halt or Halt(),
         on_text=said.append,
+        moved=moved,
         python=python,
         version_of=image(torch="2.13.0+cu126"),
     )
@@ -114,6 +117,20 @@ def test_only_what_is_missing_is_installed_under_the_constraints(tmp_path, pip):
         "-m", "pip", "install", "-c", str(tmp_path / "constraints.txt"), "accelerate>=1.15",
     ]  # fmt: skip
     assert "torch==2.13.0+cu126" in (tmp_path / "constraints.txt").read_text()
+
+
+def test_an_installation_that_works_in_silence_is_seen_to_move(tmp_path, pip):
+    moves = []
+    run(tmp_path, pip("i=0; while [ $i -lt 300000 ]; do i=$((i+1)); done"), moved=moves.append)
+    assert moves
+
+
+def test_an_installation_that_hangs_moves_nothing(tmp_path, pip):
+    moves, halt = [], Halt()
+    threading.Timer(1.0, halt.call, ["enough"]).start()
+    with pytest.raises(Halted):
+        run(tmp_path, pip("exec sleep 60"), halt=halt, moved=moves.append)
+    assert len(moves) <= 1, "its start may count"
 
 
 def test_an_installation_is_tried_twice_and_then_told(tmp_path, pip):
