@@ -16,7 +16,7 @@ from gpu_agent.wire import Fact
 from infra.provider import Instance, LaunchSpec
 from infra.provider_memory import Rental
 from orchestrator.sim.kernel import Kernel, seconds
-from state import machine
+from state import machine, policy
 from state.events import Event, Outgoing, OutgoingStatus
 from state.job import ACTIVE, TERMINAL, Job, Status
 from state.lease import MOVES, Lease, LeaseStatus
@@ -36,6 +36,8 @@ T_HEALED = 600.0
 PER_FAULT = 75.0
 #: One look at a lease that has run out, in seconds.
 TICK = 90.0
+#: What the market promises; the policy must wait at least so long.
+SETTLE = policy.DEFAULT.settle
 EDGES = frozenset((row.source, row.target) for row in TABLE)
 
 
@@ -235,7 +237,7 @@ class Checker:
         if lease is None:
             return False
         shown = rental.created_at - lease.created_at + self.world.market.read_lag
-        return shown > self.world.rules.settle
+        return shown > SETTLE
 
     # --- calls to the market
 

@@ -26,6 +26,7 @@ from state.errors import IllegalMove, NotFound, StokerError
 from state.events import Dataset, DatasetStatus, Outgoing, OutgoingStatus, Secret
 from state.job import GpuNeeds, Job, JobRequest, Status
 from state.lease import Lease
+from state.policy import Policy
 from tasks.allocate import Renter, Terms
 from tasks.deallocate import Keeper, sweep
 from tasks.reconcile import RECEIVER, reconcile
@@ -54,8 +55,6 @@ class Cohort:
     hedge: bool = True
     #: of the profile's fault kinds, only these; None is all that the swarm draws
     kinds: tuple[str, ...] | None = None
-    #: a fault planted in the code under test, by name, so that the checks can be checked
-    planted: str = ""
 
 
 @dataclass
@@ -82,7 +81,7 @@ class Outcome:
 class World:
     """Drives everything by events; `run` is its whole life."""
 
-    def __init__(self, cohort: Cohort) -> None:
+    def __init__(self, cohort: Cohort, rules: Policy = policy.DEFAULT) -> None:
         self.cohort, self.outcome = cohort, Outcome()
         self.kernel = Kernel(cohort.seed)
         random = self.kernel.random
@@ -92,7 +91,7 @@ class World:
         self.checker.world = self
         self.store = Store(self.checker.watch, self.boundary)
         self.storage = Storage(self.hit, self.boundary)
-        self.rules = policy.DEFAULT
+        self.rules = rules
         # Where bad machines stay, there must be enough of them to meet new ones all the time.
         offers = hosts(random, 100 if cohort.bad_hosts else 60)
         count = round(len(offers) * cohort.bad_hosts)
