@@ -15,6 +15,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--chaos-seed", type=int, default=1, help="what is killed, and when")
     group.addoption("--chaos-jobs", type=int, default=3, help="jobs under way all the time")
     group.addoption("--chaos-report", default="", help="a JSON file for what came of it")
+    group = parser.getgroup("mutations", "tests/mutations")
+    group.addoption("--mutants", action="store_true", help="try every mutation of the catalogue")
 
 
 def pytest_configure() -> None:
