@@ -6,6 +6,7 @@ database, not the message, carries the retry.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import random
 import threading
@@ -19,6 +20,8 @@ from celery.signals import setup_logging, worker_ready, worker_shutting_down
 
 from infra import guard, logs
 from infra.wiring import Services, services
+from state import policy
+from state.policy import Policy
 from tasks import reconcile as passes
 from tasks import rounds
 from tasks.allocate import Renter, Terms
@@ -88,10 +91,20 @@ def terms(have: Services) -> Terms:
     )
 
 
+def rules(have: Services) -> Policy:
+    return dataclasses.replace(policy.DEFAULT, lease=timedelta(hours=have.settings.lease_hours))
+
+
 @cache
 def renter() -> Renter:
     have = services()
-    return Renter(store=have.store, provider=have.provider, terms=terms(have), clock=have.clock)
+    return Renter(
+        store=have.store,
+        provider=have.provider,
+        terms=terms(have),
+        clock=have.clock,
+        rules=rules(have),
+    )
 
 
 @cache
@@ -101,6 +114,7 @@ def keeper() -> Keeper:
         store=have.store,
         provider=have.provider,
         clock=have.clock,
+        rules=rules(have),
         image_bytes=have.settings.image_bytes,
     )
 
