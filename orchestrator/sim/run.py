@@ -56,7 +56,7 @@ class Summary:
     to_training: list[float] = field(default_factory=list)
     cost_receipt: int = 0
     cost_ledger: int = 0
-    worst_difference: float = 0.0
+    worst_difference: int = 0
     worst_over_cap: int = 0
     orphan_s: float = 0.0
     violations: list[dict[str, Any]] = field(default_factory=list)
@@ -110,7 +110,7 @@ class Summary:
             "cost": {
                 "receipt_usd": round(self.cost_receipt / 1e6, 2),
                 "ledger_usd": round(self.cost_ledger / 1e6, 2),
-                "worst_difference": round(self.worst_difference, 4),
+                "worst_difference_usd": round(self.worst_difference / 1e6, 4),
                 "mean_difference": round(
                     (self.cost_receipt - self.cost_ledger) / max(1, self.cost_ledger), 4
                 ),

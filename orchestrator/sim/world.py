@@ -72,7 +72,7 @@ class Outcome:
     to_training: list[float] = field(default_factory=list)
     cost_receipt: int = 0
     cost_ledger: int = 0
-    worst_difference: float = 0.0
+    worst_difference: int = 0
     worst_over_cap: int = 0
     orphan_s: float = 0.0
     trace: list[str] = field(default_factory=list)
@@ -96,6 +96,7 @@ class World:
         offers = hosts(random, 100 if cohort.bad_hosts else 60)
         count = round(len(offers) * cohort.bad_hosts)
         self.bad = {offer.machine_id for offer in random.sample(offers, count)}
+        self._always_bad = frozenset(self.bad)
         self.market = Market(
             self.kernel,
             offers,
@@ -560,17 +561,19 @@ class World:
         out = self.outcome
         again: defaultdict[tuple[str, str], int] = defaultdict(int)
         for job_id, rentals in self.checker.of_job.items():
-            receipt = sum(lease.cost for lease in self.leases_of(job_id))
+            leases = self.leases_of(job_id)
+            receipt = sum(item.cost if item.billed is None else item.billed for item in leases)
             ledger = sum(self.market.cost(rental.id) for rental in rentals)
             out.cost_receipt += receipt
             out.cost_ledger += ledger
-            if ledger:
-                out.worst_difference = max(out.worst_difference, abs(receipt - ledger) / ledger)
+            out.worst_difference = max(out.worst_difference, abs(receipt - ledger))
             over = ledger - self.job(job_id).request.max_cost
             out.worst_over_cap = max(out.worst_over_cap, over)
             for rental in rentals:
                 again[job_id, rental.offer.machine_id] += 1
-        out.counts["machines rented twice for a job"] = sum(n > 1 for n in again.values())
+        twice = [machine for (_, machine), count in again.items() if count > 1]
+        out.counts["machines rented twice for a job"] = len(twice)
+        out.counts["bad machines rented twice for a job"] = len(self._always_bad & set(twice))
         out.counts["instances"] = sum(again.values())
         out.counts["webhooks sent"] = self.customers.posts
         out.counts["webhooks received twice"] = self.customers.duplicates
