@@ -47,7 +47,8 @@ INVARIANTS: dict[str, tuple[str, str]] = {
     "I4": (
         "Machines go when their job ends, and a job costs no more than its cap.",
         "`state/record.py`: an end releases, in its own transaction; `tasks/allocate.py` and "
-        "`state/money.py`: a lease is as long as the job can pay.",
+        "`state/money.py`: a lease is as long as the job can pay, and budgets are decided one at "
+        "a time.",
     ),
     "I5": (
         "A lease is `released` only when two readable lists in a row lack its instance.",
@@ -100,8 +101,9 @@ INVARIANTS: dict[str, tuple[str, str]] = {
     ),
     "I15": (
         "Two beats, two workers, a message twice: nothing happens twice.",
-        "`tasks/allocate.py`: asked again under the job's lock; `infra/statements.py`: "
-        "`FOR UPDATE SKIP LOCKED`; `tasks/relay.py`: a row is claimed before it is sent.",
+        "`tasks/allocate.py` and `state/record.py`: asked again under the job's lock; "
+        "`infra/statements.py`: `FOR UPDATE SKIP LOCKED`; `tasks/relay.py`: a row is claimed "
+        "before it is sent.",
     ),
     "I16": (
         "`completed` means that the server holds the weights, and has read them.",
@@ -145,6 +147,7 @@ _VERIFY = "tests/unit/tasks/test_verify.py::"
 _MACHINE = "tests/unit/state/test_machine.py::"
 _RECORD = "tests/unit/state/test_record.py::"
 _STORE = "tests/integration/store/test_contract.py::"
+_AT_ONCE = "tests/integration/store/test_at_once.py::"
 _POSTGRESQL = "tests/integration/store/test_postgresql.py::"
 _RECEIVER = "tests/integration/orchestrator/test_webhook.py::"
 _HOSTILE = "tests/integration/provider/test_vast_hostile.py::"
@@ -254,6 +257,14 @@ MUTATIONS: tuple[Mutation, ...] = (
         old="        return lease.evolve(reserved=money.worst(lease))\n",
         new="        return lease\n",
         tests=("tests/unit/tasks/test_hedging.py::test_both_machines_are_reserved_and_paid_for",),
+    ),
+    Mutation(
+        invariant="I4",
+        what="two jobs may decide at once, each on the same money",
+        path="tasks/allocate.py",
+        old='            tx.lock("rent")\n',
+        new="",
+        tests=(_AT_ONCE + "test_two_jobs_that_rent_at_once_stay_within_the_limit_together",),
     ),
     Mutation(
         invariant="I5",
@@ -396,6 +407,23 @@ MUTATIONS: tuple[Mutation, ...] = (
         old="        if report in data.reports or event.webhook_id in data.webhook_ids:\n",
         new="        if False:\n",
         tests=(_STORE + "test_a_report_that_comes_again_is_no_event[memory]",),
+    ),
+    Mutation(
+        invariant="I8",
+        what="what is known of a report is read before its job is locked",
+        path="state/record.py",
+        old=(
+            "    jobs = tx.jobs({report.job for report in reports}, lock=True)\n"
+            "    known = tx.known_reports([report.webhook_id for report in reports])\n"
+        ),
+        new=(
+            "    known = tx.known_reports([report.webhook_id for report in reports])\n"
+            "    jobs = tx.jobs({report.job for report in reports}, lock=True)\n"
+        ),
+        tests=(
+            _AT_ONCE + "test_reports_of_a_job_that_come_to_two_processes_at_once_are_each_one_event"
+            "[1-Outcome.DUPLICATE]",
+        ),
     ),
     Mutation(
         invariant="I9",
@@ -614,6 +642,33 @@ MUTATIONS: tuple[Mutation, ...] = (
         tests=(_RELAY + "test_two_relays_at_once_send_a_row_once",),
     ),
     Mutation(
+        invariant="I15",
+        what="two processes may change a job at once",
+        path="state/record.py",
+        old="    jobs = tx.jobs({report.job for report in reports}, lock=True)\n",
+        new="    jobs = tx.jobs({report.job for report in reports})\n",
+        tests=(
+            _AT_ONCE
+            + "test_reports_of_a_job_that_come_to_two_processes_at_once_are_each_one_event",
+        ),
+    ),
+    Mutation(
+        invariant="I15",
+        what="a row that is asked for with its lock is read without",
+        path="infra/statements.py",
+        old=(
+            "    statement = select(*(table.c[name] for name in names))"
+            ".where(*_matches(table, keys))\n"
+            "    return _sql(statement.with_for_update() if lock else statement)\n"
+        ),
+        new=(
+            "    statement = select(*(table.c[name] for name in names))"
+            ".where(*_matches(table, keys))\n"
+            "    return _sql(statement)\n"
+        ),
+        tests=(_STORE + "test_a_locked_row_is_read_by_the_next_only_after_the_change[postgresql]",),
+    ),
+    Mutation(
         invariant="I16",
         what="the agent's word completes a job",
         path="state/machine.py",
@@ -824,7 +879,8 @@ MUTATIONS: tuple[Mutation, ...] = (
         old="        self.random = Random(seed)\n",
         new="        self.random = Random()\n",
         tests=(
-            "tests/unit/orchestrator/test_sim_seed.py::test_the_same_seed_gives_the_same_trace",
+            "tests/unit/sim/test_sim.py::"
+            "test_the_same_seed_gives_the_same_trace_and_another_does_not",
         ),
     ),
 )
