@@ -78,13 +78,13 @@ class Settings:
         env = os.environ if env is None else env
         defaults = cls()
 
-        def number(name: str, default: float) -> float:
+        def number(name: str, default: float, *, least: float = 0) -> float:
             try:
                 value = float(env.get(name, default))
             except ValueError:
                 raise SettingsError(f"{name} must be a number, not {env[name]!r}") from None
-            if not 0 <= value <= 1_000_000:  # NaN is not between, either
-                raise SettingsError(f"{name} must be from 0 to 1000000, not {env[name]!r}")
+            if not least <= value <= 1_000_000:  # NaN is not between, either
+                raise SettingsError(f"{name} must be from {least:g} to 1000000, not {env[name]!r}")
             return value
 
         def flag(name: str) -> bool:
@@ -130,7 +130,7 @@ class Settings:
             huggingface_url=env.get("HF_ENDPOINT", defaults.huggingface_url).rstrip("/"),
             huggingface_token=Secret(env.get("HF_TOKEN", "")),
             agent_image=env.get("STOKER_AGENT_IMAGE", defaults.agent_image),
-            lease_hours=number("STOKER_LEASE_HOURS", defaults.lease_hours),
+            lease_hours=number("STOKER_LEASE_HOURS", defaults.lease_hours, least=0.1),
             kill_switch=flag("STOKER_KILL_SWITCH"),
             private_webhooks=flag("STOKER_PRIVATE_WEBHOOKS"),
             private_bases=flag("STOKER_PRIVATE_BASES"),

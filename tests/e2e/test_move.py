@@ -1,5 +1,5 @@
-"""A machine that dies in training: the next one goes on at the step of the last checkpoint, and
-the weights are those of a run that nothing happened to."""
+"""A machine that dies or is taken away in training: the next one goes on at the step of the last
+checkpoint, and the weights are those of a run that nothing happened to."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import requests
 
 STEPS = 80
 #: Checkpoints every so many seconds; what may be lost is no more than that.
@@ -68,6 +69,24 @@ def moved(
     return job_id, killed_at
 
 
+@pytest.fixture(scope="module")
+def outbid(stoker: Any, undisturbed: str, until: Callable[..., Any]) -> str:
+    """A job on an interruptible machine, for which somebody else soon bid more."""
+    job_id = stoker.order(recipe={**RECIPE, "checkpoint_s": 3600}, interruptible=True)
+    until(lambda: stoker.job(job_id).progress.get("training", {}).get("step"), "a step", 90.0)
+    (instance,) = stoker.instances(job_id)
+    settings = stoker.services.settings
+    answer = requests.put(
+        f"{settings.vast_url}/api/v0/instances/bid_price/{instance.id}/",
+        json={"client_id": "me", "price": 0.001},
+        headers={"authorization": f"Bearer {settings.vast_api_key.reveal()}"},
+        timeout=10,
+    )
+    assert answer.json()["success"] is True
+    assert stoker.ended(job_id, 180.0)["status"] == "completed"
+    return str(job_id)
+
+
 def _steps(stoker: Any, job_id: str) -> list[tuple[int, int]]:
     """(attempt, step) of each checkpoint, in the order that they were stored."""
     with stoker.services.store.transaction() as tx:
@@ -103,5 +122,20 @@ def test_its_weights_are_those_of_a_run_that_nothing_happened_to(
     assert _weights(stoker, moved[0]) == _weights(stoker, undisturbed)
 
 
-def test_no_machine_is_left(stoker: Any, moved: tuple[str, int]) -> None:
+def test_being_outbid_is_held_against_nobody(stoker: Any, outbid: str) -> None:
+    job = stoker.job(outbid)
+    assert (job.attempt, job.interruptions, job.excluded_machines) == (2, 1, ())
+    assert stoker.leases(outbid)[0].bid > 0
+
+
+def test_what_was_outbid_saved_first(stoker: Any, undisturbed: str, outbid: str) -> None:
+    with stoker.services.store.transaction() as tx:
+        started = [item.data["step"] for item in tx.events(outbid, type="training.started")]
+    saved = max(step for attempt, step in _steps(stoker, outbid) if attempt == 1)
+    assert started[1] == saved, "at the very step at which it was told to go"
+    assert _weights(stoker, outbid) == _weights(stoker, undisturbed)
+
+
+def test_no_machine_is_left(stoker: Any, moved: tuple[str, int], outbid: str) -> None:
     stoker.given_back(moved[0])
+    stoker.given_back(outbid)
