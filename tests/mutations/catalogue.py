@@ -230,6 +230,17 @@ MUTATIONS: tuple[Mutation, ...] = (
         ),
     ),
     Mutation(
+        invariant="I3",
+        what="the slower machine of a hedged boot stays",
+        path="state/record.py",
+        old="    pen.release(job, LOST_RACE, but=seen.lease.id)\n",
+        new="",
+        tests=(
+            "tests/unit/tasks/test_hedging.py::"
+            "test_the_first_to_say_hello_has_the_job_and_the_other_goes",
+        ),
+    ),
+    Mutation(
         invariant="I4",
         what="a job's end releases nothing; its machines stay until their leases end",
         path="state/record.py",
@@ -567,6 +578,25 @@ MUTATIONS: tuple[Mutation, ...] = (
         tests=(_STORE + "test_a_transaction_that_raises_leaves_nothing_behind[postgresql]",),
     ),
     Mutation(
+        invariant="I12",
+        what="a job's newest webhook goes first",
+        path="state/memory.py",
+        old="data.outgoing[waiting[min(waiting)]] if waiting",
+        new="data.outgoing[waiting[max(waiting)]] if waiting",
+        tests=(_RELAY + "test_transitions_arrive_in_order",),
+    ),
+    Mutation(
+        invariant="I12",
+        what="any answer of an endpoint is a delivery",
+        path="tasks/relay.py",
+        old="        if answer is not None and 200 <= answer.status < 300:\n",
+        new="        if answer is not None:\n",
+        tests=(
+            _RELAY + "test_what_each_answer_means",
+            _RELAY + "test_a_failed_webhook_holds_back_its_jobs_next_ones",
+        ),
+    ),
+    Mutation(
         invariant="I13",
         what="a slow host may hold every thread",
         path="tasks/relay.py",
@@ -605,6 +635,17 @@ MUTATIONS: tuple[Mutation, ...] = (
         old='    for job_id in webhooks:\n        wake("relay", [job_id])\n',
         new="",
         tests=(_RECONCILE + "test_with_every_message_lost_work_is_still_found",),
+    ),
+    Mutation(
+        invariant="I14",
+        what="a machine that must go waits for a message",
+        path="state/record.py",
+        old='"releasing_at": self.now, "due_at": self.now, "tries": 0}\n',
+        new='"releasing_at": self.now, "tries": 0}\n',
+        tests=(
+            _RECONCILE + "test_with_every_message_lost_work_is_still_found",
+            _RECORD + "test_whatever_ends_or_stalls_a_job_lets_its_machine_go_in_one_transaction",
+        ),
     ),
     Mutation(
         invariant="I15",
@@ -700,6 +741,16 @@ MUTATIONS: tuple[Mutation, ...] = (
         new="            if False:\n",
         tests=(
             "tests/unit/infra/test_safetensors.py::test_weights_with_a_number_gone_wild_are_refused",
+        ),
+    ),
+    Mutation(
+        invariant="I16",
+        what="the weights may have another checksum than was announced",
+        path="infra/storage.py",
+        old="    if got != _digest(sha256):\n",
+        new="    if False:\n",
+        tests=(
+            "tests/integration/storage/test_verify.py::test_other_bytes_than_announced_are_refused",
         ),
     ),
     Mutation(
@@ -811,6 +862,17 @@ MUTATIONS: tuple[Mutation, ...] = (
         ),
     ),
     Mutation(
+        invariant="I19",
+        what="addresses that carry a private one inside are public",
+        path="infra/guard.py",
+        old=("any(address.version == net.version and address in net for net in _NOT_PUBLIC):\n"),
+        new="False:\n",
+        tests=(
+            _GUARD + "test_addresses_of_private_networks_are_not_public",
+            "tests/trust/test_addresses.py::test_one_bad_address_of_several_spoils_them_all",
+        ),
+    ),
+    Mutation(
         invariant="I20",
         what="no deadline is looked at",
         path="state/policy.py",
@@ -847,6 +909,20 @@ MUTATIONS: tuple[Mutation, ...] = (
         old="        if job.retry_at is not None and now >= job.retry_at:\n",
         new="        if False:\n",
         tests=(_RENTING + "test_a_vanished_machine_stalls_its_job_and_another_is_rented",),
+    ),
+    Mutation(
+        invariant="I20",
+        what="an agent that lives and gets nothing done is waited for",
+        path="state/policy.py",
+        old=(
+            "    if frozen_at is not None and now >= frozen_at:\n"
+            "        return Decision(step=Step.STALL, reason=_frozen(job, now))\n"
+        ),
+        new="",
+        tests=(
+            "tests/unit/tasks/test_stalls.py::"
+            "test_an_agent_that_lives_but_gets_nothing_done_is_seen_within_a_minute",
+        ),
     ),
     Mutation(
         invariant="I21",

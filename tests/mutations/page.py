@@ -16,8 +16,8 @@ minutes: first all tests named here pass, then, one mutation at a time, each of 
 ordinary run only checks that the catalogue fits the code: the text that a mutation replaces stands
 once where it is said to stand, the named tests are there, no invariant is left out.
 
-The same invariants are watched while whole lives are simulated (`orchestrator/sim/invariants.py`)
-and after the storms of [chaos.md](chaos.md).
+The same invariants are watched while whole lives are [simulated](simulation.md), and after the
+[storms](chaos.md) in which real processes are killed.
 """
 
 
