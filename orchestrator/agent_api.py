@@ -146,7 +146,7 @@ class Doorkeeper:
         """
         token, nonce = hello.token_hash, hello.nonce
         with self._deps.store.transaction() as tx:
-            seen = record.knock(tx, token, nonce, self._deps.clock())
+            seen = record.knock(tx, token, nonce, self._deps.clock(), lock=True)
             kept = _offered(tx, seen.job)
         self._inspect(seen, hello.machine)
         with logs.bound(job=seen.job.id, attempt=seen.attempt.number):

@@ -356,7 +356,8 @@ class Admission:
 def knock(
     tx: Transaction, token_hash: str, nonce: str, now: datetime, *, lock: bool = False
 ) -> Admission:
-    """Who is there with a token, and may it come in?
+    """Who is there with a token, and may it come in? Whoever is let in runs: with `lock`, that
+    is kept on its lease.
 
     Raises:
         TokenRefused: the token is unknown, expired, revoked, or was used by somebody else.
@@ -378,6 +379,9 @@ def knock(
     over = lease.attempt != job.attempt or not job.active or not lease.open
     if over or lease.status is LeaseStatus.RELEASING or job.lease not in ("", lease.id):
         raise AttemptOver
+    if lock and lease.running_at is None:
+        lease = lease.evolve(running_at=now)
+        tx.save_lease(lease)
     return Admission(job=job, attempt=attempt, lease=lease, again=again)
 
 
@@ -397,8 +401,7 @@ def admit(
     if seen.again and seen.attempt.secret is not None:
         return seen.attempt.secret
     tx.save_attempt(seen.attempt.evolve(nonce=nonce, hello_at=now, secret=secret))
-    running_at = seen.lease.running_at or now
-    tx.save_lease(seen.lease.evolve(ready_at=now, running_at=running_at))
+    tx.save_lease(seen.lease.evolve(ready_at=now))
     pen = _Pen(tx, now, rules)
     job = seen.job.evolve(lease=seen.lease.id, last_heard_at=now, moved_at=now)
     job = pen.note(job, "agent.hello", {"lease": seen.lease.id, "machine": dict(machine or {})})

@@ -90,7 +90,7 @@ class Stoker:
             leases = self.leases(job_id)
             return not any(lease.open for lease in leases) and not self.instances(job_id)
 
-        until(gone, f"{job_id} has no instance left")
+        until(gone, f"{job_id} has no instance left", 120.0)
 
     def pids(self) -> dict[str, int]:
         assert self.stage.servers is not None
