@@ -133,6 +133,7 @@ class World:
         self._beat_at = math.inf
         self._beat_stops_until = 0.0
         self._sweeping = False
+        self._jobs_open = 0
         self._healed = False
         self._last_forged: dict[str, tuple[bytes, Mapping[str, str]]] = {}
 
@@ -279,8 +280,15 @@ class World:
             said = {"since": since.isoformat()}
             tx.beat(RECEIVER, start + timedelta(seconds=at), said)
 
+    def _sweep_on(self) -> None:
+        """Beat sweeps always; here only while there is a job, a lease or a machine."""
+        if not self._sweeping:
+            self._sweeping = True
+            self.kernel.after(SWEEP_S, self._sweep)
+
     def _sweep(self) -> None:
-        if not self.market.ours(f"{DEPLOYMENT}/") and not self.store._data.open_leases:
+        idle = not self._jobs_open and not self.store._data.open_leases
+        if idle and not self.market.ours(f"{DEPLOYMENT}/"):
             self._sweeping = False
             return
         self.kernel.after(SWEEP_S, self._sweep)
@@ -291,9 +299,6 @@ class World:
 
     def _begin(self, rental: Rental) -> None:
         self.checker.began(rental)
-        if not self._sweeping:
-            self._sweeping = True
-            self.kernel.after(SWEEP_S, self._sweep)
         fate = self._fate(rental)
         agent = self.agents[rental.id] = Agent(self, rental, fate)
         self.kernel.note("-", f"instance {rental.id}: {fate}")
@@ -434,6 +439,8 @@ class World:
                 webhook_secrets=[Secret(secret)],
                 rules=self.rules,
             )
+        self._jobs_open += 1
+        self._sweep_on()
         for task in record.wakes(job):
             self.wake(task, [job_id])
         if late:
@@ -550,6 +557,7 @@ class World:
 
     def job_ended(self, job: Job) -> None:
         out = self.outcome
+        self._jobs_open -= 1
         out.statuses[str(job.status)] += 1
         out.attempts[job.attempt] += 1
         if job.status is Status.COMPLETED:
