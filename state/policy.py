@@ -64,8 +64,8 @@ class Policy:
     host_penalty: timedelta = timedelta(hours=24)
     token: timedelta = timedelta(minutes=30)
     machines: int = 4
-    hedge_least: timedelta = timedelta(seconds=60)
-    hedge_factor: float = 1.5
+    hedge_least: timedelta = timedelta(seconds=45)
+    hedge_factor: float = 1.25
     interruptions: int = 2
     frozen: Mapping[Status, timedelta] = field(
         default_factory=lambda: {
