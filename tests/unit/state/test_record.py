@@ -135,10 +135,25 @@ def test_the_verification_of_an_old_attempt_completes_nothing(tx: MemoryTransact
 
 def test_the_machine_of_an_old_attempt_is_not_let_in(tx: MemoryTransaction) -> None:
     move_elsewhere(tx)
-    # Even where its lease was forgotten: the attempt alone is reason enough.
-    forgotten: Any = object.__new__(Lease)
-    vars(forgotten).update(vars(tx.lease("l1")), status=LeaseStatus.RENTED)
-    tx.save_lease(forgotten)
+    forget_to_release(tx)
     with pytest.raises(AttemptOver):
         hello(tx, "token 1")
     assert tx.job("job_1").lease == ""
+
+
+def test_the_end_of_an_old_attempts_machine_is_nothing_to_the_new_one(
+    tx: MemoryTransaction,
+) -> None:
+    move_elsewhere(tx)
+    forget_to_release(tx)
+    job = tx.job("job_1")
+    assert record.machine_failed(tx, "l1", LOST, LATER) is None
+    assert tx.job("job_1") == job
+
+
+def forget_to_release(tx: MemoryTransaction) -> None:
+    """The first attempt's lease, as if its end had released nothing: that it is of an old attempt
+    must be reason enough."""
+    forgotten: Any = object.__new__(Lease)
+    vars(forgotten).update(vars(tx.lease("l1")), status=LeaseStatus.RENTED)
+    tx.save_lease(forgotten)

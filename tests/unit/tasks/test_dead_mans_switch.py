@@ -49,6 +49,23 @@ def test_a_lease_that_ends_takes_its_machine_though_it_works_on_and_nobody_sweep
     assert machine not in alive(world)
 
 
+def test_a_lease_that_ends_takes_its_machine_though_its_weights_wait_to_be_verified(
+    world: Any,
+) -> None:
+    training(world)
+    world.report(Fact.WEIGHTS_UPLOADED, {"files": []})
+    (lease,) = world.leases()
+    world.clock.now = lease.expires_at
+    for _ in range(10):
+        world.keeper.tend([lease.id])
+        world.clock.advance(30)
+    assert alive(world) == []
+    assert (world.job().status, world.leases()[0].status) == (
+        Status.TRAINING,
+        LeaseStatus.RELEASED,
+    )
+
+
 def test_a_machine_whose_lease_was_released_by_mistake_goes_at_the_second_sweep(
     world: Any,
 ) -> None:
