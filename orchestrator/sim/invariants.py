@@ -71,6 +71,8 @@ class Checker:
         self.lives: dict[str, Life] = {}
         #: seconds that faults may have cost so far; see `PER_FAULT`
         self.trouble = 0.0
+        #: of those that last: until when they may be felt, and what they cost
+        self._lasting: list[tuple[float, float]] = []
         self.healed_at: float | None = None
         self.orphan_s = 0.0
         self._events: set[str] = set()
@@ -92,6 +94,13 @@ class Checker:
     def fault(self, seconds: float = PER_FAULT) -> None:
         """Something was made to go wrong: what waits for it may take so much longer."""
         self.trouble += seconds
+        if seconds > PER_FAULT:
+            self._lasting.append((self.kernel.t + seconds, seconds))
+
+    def _over(self) -> float:
+        """The `trouble` that nobody feels any more."""
+        self._lasting = [item for item in self._lasting if item[0] > self.kernel.t]
+        return self.trouble - sum(seconds for _, seconds in self._lasting)
 
     # --- commits
 
@@ -168,7 +177,7 @@ class Checker:
                 self._refuse("I20", job.id, f"{job.status} and nobody looks at it again")
             return
         if life.ended_at is None:
-            life.ended_at, life.faults_at_end = self.kernel.t, self.trouble
+            life.ended_at, life.faults_at_end = self.kernel.t, self._over()
             self._ended(job)
 
     def _ended(self, job: Job) -> None:
