@@ -37,6 +37,9 @@ from state.store import Store, Transaction
 MAX_OFFERS_PER_PASS = 5
 #: A create call that has not been heard of for so long belongs to a process that died.
 CREATE_SPAN = timedelta(seconds=60)
+#: Whoever was held up for longer between intent and create call asks for nothing: others may have
+#: found the intent old, and nothing made of it.
+STALE_INTENT = timedelta(seconds=15)
 OTHERS_FIRST = "every offer that fits is being rented for another job"
 
 
@@ -129,6 +132,9 @@ class Renter:
                 return None
             lease, token, offer = intended
             untried = untried[untried.index(offer) + 1 :]
+            if self.clock() - lease.created_at > STALE_INTENT:
+                self._refused(lease, Refused("this process was held up; nothing was asked for"))
+                return None
             try:
                 instance_id = self.provider.create(offer, self._launch(lease, token, offer))
             except Refused as error:

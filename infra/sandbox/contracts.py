@@ -76,8 +76,6 @@ class Contract:
     outbid: bool = False
     #: The GPU is free again, and its start is under way.
     resuming: bool = False
-    #: Its owner asked for a start that is only queued.
-    queued_start: bool = False
     #: Its owner lowered the bid below the least: nothing but a start brings it back.
     lowered: bool = False
     #: Its host is off line; `seen_as` is the status before.

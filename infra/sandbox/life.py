@@ -190,7 +190,7 @@ class Life:
     def stop(self, number: int) -> None:
         with self.lock:
             contract = self._current(number)
-            contract.wanted = contract.outbid = contract.queued_start = contract.lowered = False
+            contract.wanted = contract.outbid = contract.lowered = False
             self._halt(contract)
             self._contend(contract.host.machine_id)
 
@@ -208,9 +208,9 @@ class Life:
             contract.intended = contract.following = "running"
             machine = contract.host.machine_id
             if holder(self._wanting(machine), self.rivals.get(machine)) is not contract:
-                contract.outbid = contract.queued_start = True
+                contract.outbid = True
                 raise MarketError(200, "resources_unavailable", QUEUED)
-            contract.outbid = contract.queued_start = False
+            contract.outbid = False
             self._contend(machine)
             if contract.current != "running":
                 self._start(contract)
@@ -560,7 +560,7 @@ class Life:
         contract.resuming = False
         machine = contract.host.machine_id
         if contract.outbid and holder(self._wanting(machine), self.rivals.get(machine)) is contract:
-            contract.outbid = contract.queued_start = False
+            contract.outbid = False
             self._start(contract)
 
     def _rival_comes(self, machine: int, price: float, seconds: float | None) -> None:
@@ -604,7 +604,7 @@ class Life:
     def _expire(self, contract: Contract) -> None:
         at = self.at()
         contract.expired, contract.end_date = True, self.date(at)
-        contract.wanted = contract.outbid = contract.queued_start = False
+        contract.wanted = contract.outbid = False
         self._halt(contract)
         end = (at + EXPIRED_LIFE_S, functools.partial(self._remove, contract))
         contract.agenda.append(end)

@@ -60,10 +60,7 @@ class Customers:
         endpoint = self.endpoints[job]
         self.posts += 1
         self.checker.post_began(name, url, body)
-        try:
-            return self._post(endpoint, job, name, headers, body, timeout)
-        finally:
-            self.checker.post_ended(name)
+        return self._post(endpoint, job, name, headers, body, timeout)
 
     def _post(
         self,

@@ -33,6 +33,8 @@ class Kernel:
         self._heap: list[tuple[float, int, Callable[..., object], tuple[Any, ...]]] = []
         self._numbers = itertools.count()
         self._depth = 0
+        #: called after each event, also those within a call
+        self.after_each: Callable[[], object] = lambda: None
         self._now = (0.0, START)
 
     def now(self) -> datetime:
@@ -55,6 +57,7 @@ class Kernel:
         self.t = max(self.t, t)
         self.events += 1
         call(*args)
+        self.after_each()
         return True
 
     def pause(self, seconds: float) -> None:

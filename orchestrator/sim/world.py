@@ -131,6 +131,7 @@ class World:
         #: Whether what runs now is a process that may die.
         self._mortal = False
         self._beat_at = math.inf
+        self.kernel.after_each = self._arm
         self._beat_stops_until = 0.0
         self._sweeping = False
         self._jobs_open = 0
@@ -397,7 +398,6 @@ class World:
         self._windows(at + FAULTS_LAST)
         self.kernel.at(at + FAULTS_LAST, self._heal)
         while self.kernel.step():
-            self._arm()
             if self._healed and self.kernel.t > at + FAULTS_LAST + CONVERGED_S:
                 break
         self.checker.finish(Random(self.cohort.seed + 2))

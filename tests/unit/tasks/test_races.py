@@ -180,3 +180,24 @@ def test_a_relay_that_took_too_long_does_not_undo_what_another_delivered(
     with world.store.transaction() as tx:
         row = tx.list_outgoing("job_1")[0]
     assert (row.status, row.tries) == (OutgoingStatus.DELIVERED, 2)
+
+
+def test_who_was_held_up_between_intent_and_create_asks_for_nothing(clock: Any) -> None:
+    store = Between()
+    world = World(clock, MemoryProvider(clock, [offer(1)]), store=store)
+    world.add_job()
+    renter = world.renter
+    intend = type(renter)._intend
+
+    class HeldUp(type(renter)):  # type: ignore[misc]
+        def _intend(self, *args: Any) -> Any:
+            intended = intend(self, *args)
+            clock.advance(16)
+            return intended
+
+    held_up = HeldUp(**vars(renter))
+    assert held_up.allocate("job_1") is None
+    assert world.provider.rentals == {}
+    assert [lease.status for lease in world.leases()] == [LeaseStatus.RELEASED]
+    world.tick(30)
+    assert [item.offer.machine_id for item in world.provider.running()] == ["m1"]
