@@ -333,6 +333,8 @@ class Renter:
         now = self.clock()
         with self.store.transaction() as tx:
             lease = tx.lease(lease.id, lock=True)
+            if not lease.open:
+                return  # found old and closed meanwhile; what was made all the same is the sweep's
             if lease.status is LeaseStatus.INTENDED:
                 lease = lease.to(LeaseStatus.UNKNOWN)
             known = error.instance_id or lease.instance_id

@@ -201,3 +201,22 @@ def test_who_was_held_up_between_intent_and_create_asks_for_nothing(clock: Any) 
     assert [lease.status for lease in world.leases()] == [LeaseStatus.RELEASED]
     world.tick(30)
     assert [item.offer.machine_id for item in world.provider.running()] == ["m1"]
+
+
+def test_a_lease_that_was_closed_while_its_create_call_hung_is_looked_at_no_more(
+    world: Any,
+) -> None:
+    world.add_job()
+
+    def hang(verb: str) -> Fault | None:
+        if verb != "create":
+            return None
+        world.provider.faults = lambda verb: None
+        for _ in range(90):
+            world.tick()
+        return Fault(error=Unknown("no answer within 90 s"))
+
+    world.provider.faults = hang
+    world.renter.allocate("job_1")
+    first = world.leases()[0]
+    assert (first.status, first.due_at) == (LeaseStatus.RELEASED, None)
