@@ -201,9 +201,12 @@ class MemoryStore:
 
     def next_due(self) -> datetime | None:
         """When the first row of any kind is due; None when nothing is."""
-        data = self._data
-        tables: tuple[DueRows[Any], ...] = (data.jobs, data.leases, data.datasets, data.next_due)
-        return min((due for rows in tables if (due := rows.first()) is not None), default=None)
+        data, first = self._data, None
+        for rows in (data.jobs, data.leases, data.datasets, data.next_due):
+            due: datetime | None = rows.first()
+            if due is not None and (first is None or due < first):
+                first = due
+        return first
 
     def close(self) -> None:
         """Nothing is open."""

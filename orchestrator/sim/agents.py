@@ -28,7 +28,7 @@ HELLO_DELAYS = (1.0, 2.0, 5.0, 10.0, *(30.0,) * 19)
 MERGED = frozenset({Fact.IMAGES_PROGRESS, Fact.MODEL_PROGRESS, Fact.TRAINING_PROGRESS})
 SILENCE_S = 900.0
 #: An agent says something at least so often.
-PACE_S = 10.0
+PACE_S = 20.0
 #: Ways in which a machine fails before its agent says hello, and after.
 BEFORE = ("host.never_boots", "host.abandoned", "host.mute")
 AFTER = ("host.dies", "host.ends", "host.vanishes", "host.split_brain")
@@ -158,7 +158,7 @@ class Agent:
             step = total * tick // ticks
             data = {"step": step, "total": total, "loss": 0.1, "eta_s": (ticks - tick) * PACE_S}
             yield lasts / ticks, Fact.TRAINING_PROGRESS, data
-            if tick % 6 == 0:
+            if tick % 3 == 0:
                 yield 0.0, Fact.TRAINING_CHECKPOINT, {"step": step, "files": []}
         yield 1.0, Fact.TRAINING_COMPLETED, {"step": total, "loss": 0.1}
         yield random.uniform(1.0, 5.0), Fact.WEIGHTS_UPLOADED, self._upload()

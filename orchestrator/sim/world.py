@@ -133,6 +133,7 @@ class World:
         self._beat_at = math.inf
         self.kernel.after_each = self._arm
         self._beat_stops_until = 0.0
+        self._signed_at = -1.0
         self._sweeping = False
         self._jobs_open = 0
         self._healed = False
@@ -275,6 +276,9 @@ class World:
         if server.down:
             return
         at = max(server.listens_since, self.kernel.t - self.kernel.t % 5.0)
+        if at == self._signed_at:
+            return
+        self._signed_at = at
         start = self.kernel.now() - timedelta(seconds=self.kernel.t)
         since = start + timedelta(seconds=server.listens_since)
         with self.store.transaction() as tx:
