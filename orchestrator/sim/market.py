@@ -146,7 +146,8 @@ class Market(MemoryProvider):
             raise
         self._boundary("after create")
         if self.hit("create.refused_with_id"):
-            self.set_phase(instance_id, "ended")
+            if instance_id in self._open:  # it may have been destroyed while the answer came
+                self.set_phase(instance_id, "ended")
             raise Refused("success: false, and yet a contract", instance_id=instance_id)
         return instance_id
 
