@@ -5,11 +5,8 @@ from __future__ import annotations
 import os
 import signal
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 import pytest
-
-HERE = Path(__file__).parent
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -26,15 +23,6 @@ def pytest_configure() -> None:
     """Whoever runs us in the background ignores SIGINT, and our children would inherit that."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where tests run beside each other: those of a file stay together, and all that start a
-    whole installation come one after the other."""
-    for item in items:
-        suite = item.path.relative_to(HERE).parts[0]
-        alone = suite in ("e2e", "chaos")
-        item.add_marker(pytest.mark.xdist_group("installations" if alone else str(item.path)))
 
 
 @pytest.fixture(autouse=True)
