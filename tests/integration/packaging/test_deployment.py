@@ -109,7 +109,7 @@ def test_the_commands_of_the_pages_exist():
     for page in PAGES:
         text = page.read_text()
         code = "\n".join(re.findall(r"```.*?```|`[^`\n]+`", text, flags=re.DOTALL))
-        for word in re.findall(r"(?:^|[\s`/])stoker ([a-z]+)\b", code):
+        for word in re.findall(r"(?:^|[\s`/])stoker ([a-z-]+)\b", code):
             assert word in commands, f"{page.name}: stoker {word}"
 
 
