@@ -192,7 +192,8 @@ class _Pen:
     def let_go(self, lease: Lease, why: str) -> None:
         """This machine must go."""
         changes = {"why": why, "releasing_at": self.now, "due_at": self.now, "tries": 0}
-        self.tx.save_lease(lease.to(LeaseStatus.RELEASING, **changes))
+        # What lists lacked before says nothing of whether it is gone after a destroy.
+        self.tx.save_lease(lease.to(LeaseStatus.RELEASING, **changes, absent=0))
 
     def stall(self, job: Job, reason: Reason) -> Job:
         """Stall, and fail at once when no retry will come."""

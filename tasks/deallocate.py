@@ -123,7 +123,8 @@ class Keeper:
         now = self.clock()
         why = renting.wants_release(lease, job, now)
         if why and lease.open:
-            lease = lease.to(LeaseStatus.RELEASING, why=why, releasing_at=now, due_at=now, tries=0)
+            changes = {"why": why, "releasing_at": now, "due_at": now, "tries": 0, "absent": 0}
+            lease = lease.to(LeaseStatus.RELEASING, **changes)
             tx.save_lease(lease)
         return lease
 
@@ -213,8 +214,9 @@ class Keeper:
             return [item for item in mine if item.id != lease.instance_id]
         ended_at = lease.ended_at or confirmed or now
         lease = lease.evolve(absent=lease.absent + 1, ended_at=ended_at)
-        # What no list showed yet may still appear.
-        proven = renting.was_shown(lease) or renting.settled(lease, now, self.rules)
+        # What no list showed yet may still appear; so may what nobody could name.
+        was_there = lease.instance_id is not None and renting.was_shown(lease)
+        proven = was_there or renting.settled(lease, now, self.rules)
         if lease.absent >= ABSENT_LISTS and proven:
             self._close(tx, lease, now, lease.why)
         elif lease.absent >= ABSENT_LISTS:

@@ -229,8 +229,8 @@ class Checker:
     def _released(self, old: Lease, lease: Lease) -> None:
         made = self.rentals[lease.label]
         lists = self._missing.pop(lease.id)
-        if not made and lease.label in self.refused:
-            return  # a clear no, and indeed nothing was made
+        if not made and (lease.label in self.refused or lease.label not in self._labels):
+            return  # a clear no, or nobody asked, and indeed nothing was made
         if lists < 2:
             self._refuse("I5", lease.job, f"{lease.id} is released after {lists} lists without it")
         for rental in made:

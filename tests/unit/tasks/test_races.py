@@ -220,3 +220,26 @@ def test_a_lease_that_was_closed_while_its_create_call_hung_is_looked_at_no_more
     world.renter.allocate("job_1")
     first = world.leases()[0]
     assert (first.status, first.due_at) == (LeaseStatus.RELEASED, None)
+
+
+def test_a_machine_that_was_heard_but_never_listed_is_not_given_up_at_two_lists(
+    clock: Any,
+) -> None:
+    """Its create call had no clear answer, so nobody could name it, and lists lag."""
+    world = World(clock, MemoryProvider(clock, [offer(1)], read_lag_s=40.0))
+    lost = Fault(error=Unknown("connection reset"), after=True)
+    world.provider.faults = lambda verb: lost if verb == "create" else None
+    world.add_job()
+    world.tick()
+    world.provider.faults = lambda verb: None
+    (lease,) = world.leases()
+    assert lease.status is LeaseStatus.UNKNOWN
+    with world.store.transaction() as tx:
+        tx.save_lease(lease.evolve(running_at=clock(), ready_at=clock()))
+        tx.save_job(tx.job("job_1").evolve(lease=lease.id, last_heard_at=clock()))
+    world.report(Fact.ERROR, {"code": "trainer.crashed", "message": "x", "retryable": False})
+    for _ in range(20):
+        world.tick()
+    assert world.leases()[0].status is LeaseStatus.RELEASING, "it lives, and no list shows it yet"
+    world.settle()
+    assert world.provider.running() == []
