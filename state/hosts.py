@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from gpu_agent.wire import Recipe, RecipeError
+from gpu_agent.recipe import Recipe, RecipeError
 from state import policy, progress
 from state.events import HostRecord
 from state.job import Job, JobRequest, Reason
@@ -149,7 +149,7 @@ def _mean(old: float | None, new: float | None) -> float | None:
 def size_of_step(request: JobRequest) -> float:
     """How many images of 512 px one step is worth: speeds of different recipes compare by it."""
     try:
-        recipe = Recipe.from_dict(request.recipe)
+        recipe = Recipe.from_dict(request.recipe, request.base_family)
     except RecipeError:
         return 1.0
     images = recipe.batch_size * recipe.gradient_accumulation

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from statistics import fmean
 
-from gpu_agent.wire import Recipe
+from gpu_agent.recipe import Recipe
 from state import hosts as memory
 from state import policy
 from state.events import HostRecord
@@ -66,7 +66,7 @@ def workload(request: JobRequest, dataset_bytes: int) -> Workload:
 
     Raises: RecipeError, when the recipe cannot be trained.
     """
-    recipe = Recipe.from_dict(request.recipe)
+    recipe = Recipe.from_dict(request.recipe, request.base_family)
     images = recipe.steps * recipe.batch_size * recipe.gradient_accumulation
     seconds = images * SECONDS_PER_IMAGE * (recipe.resolution / 512) ** 2
     training_s = SECONDS_AROUND + seconds

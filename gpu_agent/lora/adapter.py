@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from peft import LoraConfig
 
-from gpu_agent.lora.families import Model
-from gpu_agent.wire import Recipe
+from gpu_agent.lora.families.base import Model
+from gpu_agent.recipe import Recipe
 
 _ADAPTER = "default"
 

@@ -7,7 +7,7 @@ lies in the host's memory (0.3 MB per 512 px picture) and crosses to the GPU bat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from gpu_agent.lora.data import Bucket, Picture
-from gpu_agent.lora.families import Model
+from gpu_agent.lora.families.base import Conditions, Model
 
 
 @dataclass(frozen=True)
@@ -23,14 +23,14 @@ class Sample:
     """One picture as the denoiser sees it.
 
     Attributes:
-        moments: (1 or 2, 2 c, h, w): upright, and mirrored where the recipe flips.
-        text: (tokens, width).
+        moments: (1 or 2, 2 c, …, h, w): upright, and mirrored where the recipe flips.
+        conditions: one for each way in which the picture's caption is said, without batch.
     """
 
     digest: str
     bucket: Bucket
     moments: Any
-    text: Any
+    conditions: tuple[Conditions, ...]
 
 
 class Cache:
@@ -38,22 +38,26 @@ class Cache:
 
     def __init__(self, model: Model) -> None:
         self._model = model
-        self._texts: dict[str, Any] = {}
+        self._texts: dict[str, Conditions] = {}
 
-    def text(self, text: str) -> Any:
+    def text(self, text: str) -> Conditions:
+        """The conditions of a text, without batch, on the host."""
         if text not in self._texts:
-            self._texts[text] = self._model.encode_text(text)
+            with torch.no_grad():
+                said = self._model.encode_texts([text])
+            self._texts[text] = {name: tensor[0].cpu() for name, tensor in said.items()}
         return self._texts[text]
 
     def sample(self, picture: Picture, *, flip: bool) -> Sample:
         """Encode one picture alone, so that its latents do not depend on its neighbours."""
         image = picture.pixels()
         views = [image, image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)] if flip else [image]
+        framing = self._model.framing(picture.size, picture.bucket)
         return Sample(
             digest=picture.digest,
             bucket=picture.bucket,
             moments=torch.stack([self._model.encode_image(view) for view in views]),
-            text=self.text(picture.caption),
+            conditions=({**self.text(picture.caption), **framing},),
         )
 
 
@@ -63,3 +67,8 @@ def move(tensors: Sequence[Any], device: Any) -> Any:
     if device.type == "cuda":
         return stacked.pin_memory().to(device, non_blocking=True)
     return stacked
+
+
+def move_conditions(several: Sequence[Mapping[str, Any]], device: Any) -> Conditions:
+    """As `move`, for the conditions of each sample of a batch."""
+    return {name: move([one[name] for one in several], device) for name in several[0]}

@@ -14,7 +14,7 @@ from typing import Any
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from gpu_agent.lora.errors import DatasetError
-from gpu_agent.wire import Recipe
+from gpu_agent.recipe import Recipe
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
 #: Fewer images than this are all used for training and for validation.
@@ -31,11 +31,17 @@ Bucket = tuple[int, int]
 
 @dataclass(frozen=True)
 class Picture:
-    """An image as it will be trained on. `digest` is the SHA-256 of the file, in hex."""
+    """An image as it will be trained on.
+
+    Attributes:
+        digest: the SHA-256 of the file, in hex.
+        size: width and height in pixels, upright, before it is cut to its bucket.
+    """
 
     path: Path
     digest: str
     caption: str
+    size: tuple[int, int]
     bucket: Bucket
 
     def pixels(self) -> Any:
@@ -78,15 +84,18 @@ def collect(folder: Path, recipe: Recipe) -> list[Picture]:
     ]
     if not found:
         raise DatasetError("dataset.empty", f"there is no image in {folder.name}")
-    return [
-        Picture(
-            path=path,
-            digest=hashlib.sha256(path.read_bytes()).hexdigest(),
-            caption=caption_of(path, recipe),
-            bucket=nearest(shapes, *_size(path)),
-        )
-        for path in found
-    ]
+    return [_picture(path, shapes, recipe) for path in found]
+
+
+def _picture(path: Path, shapes: Sequence[Bucket], recipe: Recipe) -> Picture:
+    size = _size(path)
+    return Picture(
+        path=path,
+        digest=hashlib.sha256(path.read_bytes()).hexdigest(),
+        caption=caption_of(path, recipe),
+        size=size,
+        bucket=nearest(shapes, *size),
+    )
 
 
 def split(pictures: Sequence[Picture], recipe: Recipe) -> Split:

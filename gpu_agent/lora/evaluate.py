@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 from gpu_agent.lora import draws
-from gpu_agent.lora.cache import Sample, move
-from gpu_agent.lora.families import Model
+from gpu_agent.lora.cache import Sample, move, move_conditions
+from gpu_agent.lora.families.base import Conditions, Model
+from gpu_agent.lora.objective import Density
 
 #: Noise levels per picture.
 LEVELS = 4
@@ -40,9 +41,9 @@ class Validation:
 class _Case:
     shape: tuple[int, ...]
     latents: Any
-    text: Any
+    conditions: Conditions
     noise: Any
-    quantile: float
+    level: Any
 
 
 class Evaluator:
@@ -56,6 +57,7 @@ class Evaluator:
         self,
         model: Model,
         samples: Sequence[Sample],
+        density: Density,
         seed: int,
         device: Any,
         autocast: Callable[[], Any],
@@ -66,7 +68,7 @@ class Evaluator:
         self._autocast = autocast
         self._beat = beat
         chosen = sorted(samples, key=lambda sample: sample.digest)[:MOST_PICTURES]
-        cases = [case for sample in chosen for case in _cases(model, sample, seed)]
+        cases = [case for sample in chosen for case in _cases(model, sample, density, seed)]
         self._cases = sorted(cases, key=lambda case: case.shape)
 
     @torch.no_grad()
@@ -83,28 +85,27 @@ class Evaluator:
         return Validation(loss=float(pairs.mean()), stderr=spread / math.sqrt(len(pairs)))
 
     def _losses(self, cases: Sequence[_Case]) -> Any:
-        quantiles = torch.tensor([case.quantile for case in cases])
         with self._autocast():
             return self._model.losses(
                 move([case.latents for case in cases], self._device),
-                move([case.text for case in cases], self._device),
                 move([case.noise for case in cases], self._device),
-                quantiles,
+                move([case.level for case in cases], self._device),
+                move_conditions([case.conditions for case in cases], self._device),
             )
 
 
-def _cases(model: Model, sample: Sample, seed: int) -> list[_Case]:
+def _cases(model: Model, sample: Sample, density: Density, seed: int) -> list[_Case]:
     upright = sample.moments[:1]
     still = torch.zeros_like(upright.chunk(2, dim=1)[0])
     latents = model.draw_latents(upright, still)[0]
+    width, height = sample.bucket
+    levels = density.levels((torch.arange(LEVELS) + 0.5) / LEVELS, width * height)
     cases = []
-    for level in range(LEVELS):
-        place = draws.generator(seed, "validation", sample.digest, level)
+    for number, level in enumerate(levels):
+        place = draws.generator(seed, "validation", sample.digest, number)
         noise = torch.randn(latents.shape, generator=place)
-        for sign in (1, -1):
-            cases.append(
-                _Case(
-                    tuple(latents.shape), latents, sample.text, sign * noise, (level + 0.5) / LEVELS
-                )
-            )
+        cases += [
+            _Case(tuple(latents.shape), latents, sample.conditions[0], sign * noise, level)
+            for sign in (1, -1)
+        ]
     return cases

@@ -17,7 +17,7 @@ import torch
 from gpu_agent.lora import tensor_file
 from gpu_agent.lora.errors import TrainingError
 from gpu_agent.lora.families import Family
-from gpu_agent.wire import Recipe
+from gpu_agent.recipe import Recipe
 
 DIFFUSERS = "lora.safetensors"
 KOHYA = "lora_kohya.safetensors"

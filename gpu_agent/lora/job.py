@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from gpu_agent.lora.errors import JobError
-from gpu_agent.wire import Recipe, RecipeError
+from gpu_agent.lora.families import family
+from gpu_agent.recipe import Recipe, RecipeError
 
 _PATHS = ("base_file", "images_dir", "output_dir", "work_dir")
 
@@ -56,14 +57,15 @@ class Job:
         recipe = value.get("recipe", {})
         if not isinstance(recipe, dict):
             raise JobError("job.invalid", "recipe must be an object")
+        chosen = family(_text(value, "base_family"))
         try:
-            checked = Recipe.from_dict(recipe)
+            checked = Recipe.from_dict(recipe, chosen.name)
         except RecipeError as error:
             raise JobError("recipe.invalid", str(error)) from None
         resume = _text(value, "resume_dir") if value.get("resume_dir") is not None else None
         return cls(
             **paths,
-            base_family=_text(value, "base_family"),
+            base_family=chosen.name,
             recipe=checked,
             resume_dir=Path(resume) if resume else None,
         )

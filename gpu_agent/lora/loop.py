@@ -13,13 +13,14 @@ import torch
 
 from gpu_agent.lora import draws
 from gpu_agent.lora.adapter import Adapter
-from gpu_agent.lora.cache import Sample, move
+from gpu_agent.lora.cache import Sample, move, move_conditions
 from gpu_agent.lora.checkpoint import Checkpoints, Progress, Saver, Unusable
 from gpu_agent.lora.errors import TrainingError
 from gpu_agent.lora.evaluate import Evaluator, Validation
-from gpu_agent.lora.families import Model
+from gpu_agent.lora.families.base import Conditions, Model
+from gpu_agent.lora.objective import Density
 from gpu_agent.lora.talk import Events, Orders, Pulse, Stopped
-from gpu_agent.wire import Recipe
+from gpu_agent.recipe import Recipe
 
 #: Seconds between two reports.
 _REPORT_EVERY = 1.0
@@ -34,7 +35,7 @@ class Loop:
 
     Args:
         accelerator: an `accelerate.Accelerator`; it owns device, autocast and gradient scaling.
-        empty_text: the embedding of no caption at all.
+        empty: the conditions of no caption at all.
         draw_samples: called with the step when sample images are due.
     """
 
@@ -44,7 +45,7 @@ class Loop:
         model: Model,
         adapter: Adapter,
         samples: Sequence[Sample],
-        empty_text: Any,
+        empty: Conditions,
         recipe: Recipe,
         accelerator: Any,
         evaluator: Evaluator,
@@ -57,7 +58,8 @@ class Loop:
         self._model = model
         self._adapter = adapter
         self._samples = samples
-        self._empty_text = empty_text
+        self._empty = empty
+        self._density = Density.of(recipe)
         self._recipe = recipe
         self._accelerator = accelerator
         self._evaluator = evaluator
@@ -180,19 +182,23 @@ class Loop:
             sample.moments[1 if recipe.flip and luck < 0.5 else 0]
             for sample, luck in zip(batch, mirrored, strict=True)
         ]
-        texts = [
-            self._empty_text if luck < recipe.caption_dropout else sample.text
+        conditions = [
+            {**sample.conditions[0], **self._empty}
+            if luck < recipe.caption_dropout
+            else sample.conditions[0]
             for sample, luck in zip(batch, dropped, strict=True)
         ]
-        channels, height, width = moments[0].shape
-        shape = (2, size, channels // 2, height, width)
-        spread, noise = move(list(torch.randn(shape, generator=place)), self._device)
+        channels, *sides = moments[0].shape
+        drawn = torch.randn((2, size, channels // 2, *sides), generator=place)
+        spread, noise = move(list(drawn), self._device)
         latents = self._model.draw_latents(move(moments, self._device), spread)
+        width, height = batch[0].bucket
+        (levels,) = move([self._density.levels(quantiles, width * height)], self._device)
         with self._accelerator.autocast():
-            losses = self._model.losses(latents, move(texts, self._device), noise, quantiles)
-        if recipe.min_snr_gamma is not None:
-            losses = losses * self._model.weights(quantiles, recipe.min_snr_gamma)
-        return losses.mean()
+            losses = self._model.losses(
+                latents, noise, levels, move_conditions(conditions, self._device)
+            )
+        return (losses * self._model.objective.weights(levels, recipe)).mean()
 
     # --- between steps ------------------------------------------------------------------------
 
@@ -272,13 +278,14 @@ class Loop:
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:
-    """The rate after `step` done steps: linear warm-up, then constant or cosine to 0."""
+    """The rate after `step` done steps: linear warm-up, then constant, or cosine or linear to 0."""
     if step < recipe.warmup_steps:
         return recipe.learning_rate * (step + 1) / recipe.warmup_steps
     if recipe.scheduler == "constant":
         return recipe.learning_rate
     share = (step - recipe.warmup_steps) / max(1, recipe.steps - recipe.warmup_steps)
-    return recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
+    left = 1 - share if recipe.scheduler == "linear" else 0.5 * (1 + math.cos(math.pi * share))
+    return recipe.learning_rate * left
 
 
 def _optimizer(parameters: list[Any], recipe: Recipe, device: Any) -> Any:

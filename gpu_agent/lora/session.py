@@ -12,22 +12,20 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from gpu_agent.lora import checkpoint, curve, data, draws, export
+from gpu_agent.lora import checkpoint, curve, data, export
 from gpu_agent.lora.adapter import Adapter
 from gpu_agent.lora.cache import Cache
 from gpu_agent.lora.errors import JobError
 from gpu_agent.lora.evaluate import Evaluator
-from gpu_agent.lora.families import Model
 from gpu_agent.lora.loop import Loop
+from gpu_agent.lora.objective import Density
+from gpu_agent.lora.paint import Painter
 from gpu_agent.lora.plan import Plan
 from gpu_agent.lora.talk import Events, Orders, Pulse, Stopped, mebibytes_touched
-from gpu_agent.wire import Recipe
+from gpu_agent.recipe import Recipe
 
 _log = logging.getLogger(__name__)
 
-#: Denoising steps of a sample image.
-_SAMPLE_STEPS = 20
-_SAMPLE_STEPS_CPU = 6
 #: Recipe keys that may change between two attempts: the weights do not depend on them.
 _BESIDE_THE_WEIGHTS = {"checkpoint_s", "keep_checkpoints", "sample_prompts", "sample_every"}
 _MODES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
@@ -54,7 +52,7 @@ def _train(plan: Plan, events: Events, orders: Orders) -> bool:
     accelerator = _accelerator(job.recipe)
     dtype = _MODES[accelerator.mixed_precision]
     with pulse.watched("loading", mebibytes_touched):
-        model = plan.family.load(job.base_file, job.work_dir, accelerator.device, dtype)
+        model = plan.family.load(job.base_file, job.work_dir, job.recipe, accelerator.device, dtype)
     texts = Cache(model)
     pictures = data.distinct(plan.split)
     samples = {}
@@ -69,7 +67,7 @@ def _train(plan: Plan, events: Events, orders: Orders) -> bool:
     empty = texts.text("")
     model.release_encoders()
     adapter = Adapter(model, job.recipe)
-    painter = _Painter(
+    painter = Painter(
         model, prompt_texts, empty, accelerator, job.output_dir, job.recipe, events, pulse
     )
     checkpoints = checkpoint.Checkpoints(
@@ -80,12 +78,13 @@ def _train(plan: Plan, events: Events, orders: Orders) -> bool:
         model=model,
         adapter=adapter,
         samples=[samples[picture.digest] for picture in plan.split.train],
-        empty_text=empty,
+        empty=empty,
         recipe=job.recipe,
         accelerator=accelerator,
         evaluator=Evaluator(
             model,
             held,
+            Density.of(job.recipe),
             job.recipe.seed,
             accelerator.device,
             accelerator.autocast,
@@ -126,7 +125,7 @@ def _finish(
     loop: Loop,
     checkpoints: checkpoint.Checkpoints,
     adapter: Adapter,
-    painter: _Painter,
+    painter: Painter,
     events: Events,
 ) -> None:
     progress = loop.progress()
@@ -155,59 +154,6 @@ def _finish(
         best_step=best,
         label=plan.split.label,
     )
-
-
-class _Painter:
-    """Paints the sample images, each prompt from the same noise every time."""
-
-    def __init__(
-        self,
-        model: Model,
-        prompts: dict[str, Any],
-        empty: Any,
-        accelerator: Accelerator,
-        output: Path,
-        recipe: Recipe,
-        events: Events,
-        pulse: Pulse,
-    ) -> None:
-        self._model = model
-        self._prompts = prompts
-        self._empty = empty
-        self._accelerator = accelerator
-        self._folder = output / "samples"
-        self._recipe = recipe
-        self._events = events
-        self._pulse = pulse
-        self.files: list[Path] = []
-
-    def paint(self, step: int) -> None:
-        """Raises: Stopped."""
-        self._folder.mkdir(exist_ok=True)
-        on_cpu = self._accelerator.device.type == "cpu"
-        steps = _SAMPLE_STEPS_CPU if on_cpu else _SAMPLE_STEPS
-        for number, (prompt, text) in enumerate(self._prompts.items()):
-            side = self._recipe.resolution // self._model.latent_factor
-            noise = torch.randn(
-                (self._model.latent_channels, side, side),
-                generator=draws.generator(self._recipe.seed, "sample", number),
-            )
-            with self._accelerator.autocast():
-                image = self._model.render(
-                    text,
-                    self._empty,
-                    noise,
-                    steps,
-                    partial(self._beat, number * steps, len(self._prompts) * steps),
-                )
-            file = self._folder / f"step-{step:06d}-{number}.png"
-            image.save(file)
-            if file not in self.files:
-                self.files.append(file)
-            self._events.emit("sample", step=step, path=str(file), prompt=prompt)
-
-    def _beat(self, before: int, total: int, done: int) -> None:
-        self._pulse.beat("sampling", before + done, total)
 
 
 def _accelerator(recipe: Recipe) -> Accelerator:

@@ -15,6 +15,7 @@ from flask_openapi.blueprint import APIBlueprint
 from flask_openapi.models.tag import Tag
 
 from gpu_agent import wire
+from gpu_agent.recipe import Recipe, RecipeError
 from orchestrator.api import auth, idempotency, present, schemas
 from orchestrator.api import datasets as datasets_api
 from orchestrator.api.auth import Caller
@@ -64,8 +65,8 @@ def check(body: schemas.JobIn, *, private_bases: bool, private_webhooks: bool) -
     faults: list[tuple[str, str]] = []
     recipe: dict[str, Any] = {}
     try:
-        recipe = wire.Recipe.from_dict(body.recipe).to_dict()
-    except wire.RecipeError as error:
+        recipe = Recipe.from_dict(body.recipe, body.base_family).to_dict()
+    except RecipeError as error:
         faults += [
             ("/recipe/" + key.replace("~", "~0").replace("/", "~1"), why)
             for key, why in error.faults.items()

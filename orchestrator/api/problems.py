@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field, ValidationError
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
 from gpu_agent import wire
+from gpu_agent.recipe import RecipeError
 from infra import logs
 from state import errors
 
@@ -66,7 +67,7 @@ TABLE: tuple[tuple[type[Exception], int, str, bool], ...] = (
     (errors.Conflict, 409, "conflict", False),
     (errors.TokenRefused, 401, "bad_token", False),
     (wire.SignatureError, 401, "bad_signature", False),
-    (wire.RecipeError, 422, "invalid_recipe", False),
+    (RecipeError, 422, "invalid_recipe", False),
     (wire.WireError, 422, "invalid_report", False),
     (errors.StoreUnavailable, 503, "database_unavailable", True),
     (errors.StorageError, 503, "storage_unavailable", True),

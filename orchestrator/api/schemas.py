@@ -164,7 +164,9 @@ class JobIn(In):
         ),
     ]
     method: Literal["lora"] = "lora"
-    base_family: Literal["sd1"] = "sd1"
+    base_family: Literal[
+        "sd1", "sd2", "sdxl", "sd3", "flux", "lumina2", "hunyuanimage", "anima"
+    ] = "sd1"
     recipe: dict[str, Any] = Field(default={}, description="how to train; see the docs")
     gpu: GpuIn = GpuIn()
     max_cost: Annotated[

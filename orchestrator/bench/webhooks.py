@@ -22,6 +22,7 @@ from typing import Any
 import psycopg
 
 from gpu_agent import wire
+from gpu_agent.recipe import Recipe
 from infra.crypto import SecretBox
 from infra.store import SqlStore
 from orchestrator.api.ids import new_id
@@ -203,7 +204,7 @@ def _agents(store: SqlStore) -> list[_Agent]:
                 request=JobRequest(
                     dataset_id=dataset.id,
                     base="civitai:1",
-                    recipe=wire.Recipe().to_dict(),
+                    recipe=Recipe().to_dict(),
                     webhook_url="https://bench.invalid/hook",
                 ),
                 created_at=now,

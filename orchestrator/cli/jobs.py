@@ -14,7 +14,7 @@ from urllib.parse import quote
 import typer
 from rich.progress import track
 
-from gpu_agent import wire
+from gpu_agent.recipe import Recipe
 from orchestrator.cli.client import Client, job_path
 from orchestrator.cli.console import (
     CliError,
@@ -123,7 +123,7 @@ def _recipe(text: str, trigger: str, steps: int) -> dict[str, Any]:
         if not isinstance(given, dict):
             raise ValueError("it is not an object")
         recipe = {"steps": steps, **({"trigger": trigger} if trigger else {}), **given}
-        wire.Recipe.from_dict(recipe)
+        Recipe.from_dict(recipe)
     except ValueError as error:
         then = "README.md lists the recipe's keys"
         raise CliError("the recipe cannot be used", str(error), then, Exit.USAGE) from None

@@ -15,11 +15,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from standardwebhooks import Webhook
 
+from gpu_agent.recipe import Recipe, RecipeError
 from gpu_agent.wire import (
     Fact,
     JobSpec,
-    Recipe,
-    RecipeError,
     Report,
     SignatureError,
     WireError,

@@ -1,73 +1,96 @@
-"""The base models that a LoRA can be trained for. One door, one module per family behind it."""
+"""The base models that a LoRA can be trained for: one row and one module per family.
+
+A base is a diffusers folder, or a single safetensors file in the layout that Civitai and ComfyUI
+know. Which family it belongs to shows without torch: by the pipeline that a folder names, by the
+names of a file's tensors.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+import json
+from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from gpu_agent.lora.errors import JobError, ModelError
 from gpu_agent.lora.families import ldm
+from gpu_agent.recipe import Recipe
+
+if TYPE_CHECKING:
+    from gpu_agent.lora.families.base import Model
 
 
-class Model(Protocol):
-    """A loaded base model, its weights frozen.
-
-    Tensors are torch's. A *quantile* in [0, 1) says where in the family's density of noise levels
-    a sample lies, so that random and stratified levels are drawn alike for every family.
-    """
-
-    #: The network that the LoRA goes into.
-    denoiser: Any
-    #: What diffusers calls it in a LoRA file: `unet` or `transformer`.
-    prefix: str
-    #: Channels of the latents, and image pixels per latent along a side.
-    latent_channels: int
-    latent_factor: int
-
-    def targets(self, preset: str) -> list[str]:
-        """The names of the layers that the preset `attention` or `full` trains."""
-
-    def encode_image(self, image: Any) -> Any:
-        """A `PIL.Image` → mean and log variance of its latents, (2 c, h, w) on the CPU."""
-
-    def encode_text(self, text: str) -> Any:
-        """A caption → what the denoiser is conditioned on, on the CPU."""
-
-    def release_encoders(self) -> None:
-        """Free what only the two methods above need."""
-
-    def draw_latents(self, moments: Any, noise: Any) -> Any:
-        """Moments (n, 2 c, h, w), noise (n, c, h, w) → latents as the denoiser takes them."""
-
-    def losses(self, latents: Any, text: Any, noise: Any, quantiles: Any) -> Any:
-        """The mean squared error of each of n samples, (n,), with the graph behind it."""
-
-    def weights(self, quantiles: Any, gamma: float) -> Any:
-        """Min-SNR weights of the losses, (n,)."""
-
-    def render(
-        self, text: Any, empty: Any, noise: Any, steps: int, beat: Callable[[int], None]
-    ) -> Any:
-        """One text, one noise (c, h, w) → a `PIL.Image`. `beat` is told the steps done."""
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """A family of base models.
 
     Attributes:
-        check: reads a base without torch and returns its fingerprint; raises `ModelError`.
-        load: (base, work folder, device, dtype of the frozen weights) → a model.
-        architecture: its name in `modelspec.architecture`, and `ss_base_model_version`.
+        module: in this package; its `load` makes a `base.Model`, its `EXPORTS` other namings.
+        pipelines: what `model_index.json` calls such a model.
+        components: the folders of a diffusers model that hold weights.
+        marks: parts of tensor names; a single file in which all occur is of this family.
+        repository: on the Hugging Face hub; what a single file lacks comes from there.
+        architecture: its name in `modelspec.architecture`.
+        kohya_version: its name in `ss_base_model_version`.
     """
 
     name: str
-    check: Callable[[Path], str]
-    load: Callable[[Path, Path, Any, Any], Model]
+    title: str
+    module: str
+    pipelines: tuple[str, ...]
+    components: tuple[str, ...]
+    marks: tuple[str, ...]
+    repository: str
     architecture: str
     kohya_version: str
+
+    def check(self, base: Path) -> str:
+        """Read a base's names without torch; returns a fingerprint.
+
+        Raises:
+            ModelError: it is missing, broken, or of another family.
+        """
+        if not base.exists():
+            raise ModelError("model.missing", f"{base.name} is not there")
+        return self._check_folder(base) if base.is_dir() else self._check_file(base)
+
+    def load(self, base: Path, work: Path, recipe: Recipe, device: Any, dtype: Any) -> Model:
+        """Load a base; `work` is a folder for what must lie on the disk meanwhile.
+
+        Raises:
+            ModelError: weights are missing, of the wrong shape, or not finite.
+        """
+        module = import_module(f"gpu_agent.lora.families.{self.module}")  # torch, diffusers: 5 s
+        model: Model = module.load(base, work, recipe, device, dtype)
+        return model
+
+    def _check_file(self, base: Path) -> str:
+        header = ldm.read_header(base)
+        found = of_names(header.shapes)
+        if found != self.name:
+            said = f"a {_FAMILIES[found].title} model" if found else "no model that is known here"
+            raise ModelError("model.family", f"{base.name} is {said}, not {self.title}")
+        if self.module == "sd":
+            ldm.configs(header)
+        told = json.dumps([sorted(header.shapes.items()), base.stat().st_size])
+        return hashlib.sha256(told.encode()).hexdigest()
+
+    def _check_folder(self, base: Path) -> str:
+        kind = _pipeline_of(base)
+        if kind not in self.pipelines:
+            raise ModelError("model.family", f"{base.name} is a {kind}, not {self.title}")
+        told = []
+        for component in self.components:
+            weights = sorted((base / component).glob("*.safetensors"))
+            if not weights:
+                raise ModelError("model.format", f"{base.name}/{component} has no safetensors file")
+            for file in weights:
+                ldm.read_header(file)
+                told.append((component, file.name, file.stat().st_size))
+        return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
 def family(name: str) -> Family:
@@ -78,24 +101,112 @@ def family(name: str) -> Family:
     return _FAMILIES[name]
 
 
-def _check_sd1(base: Path) -> str:
-    if not base.exists():
-        raise ModelError("model.missing", f"{base.name} is not there")
-    return ldm.check_folder(base) if base.is_dir() else ldm.check_file(base)
+def of_names(names: Iterable[str]) -> str | None:
+    """The family whose single file has tensors of these names."""
+    text = "\n".join(names)
+    fits = (row.name for row in _ROWS if all(mark in text for mark in row.marks))
+    return next(fits, None)
 
 
-def _load_sd1(base: Path, work: Path, device: Any, dtype: Any) -> Model:
-    from gpu_agent.lora.families import sd1  # imports torch and diffusers: 5 s
+def _pipeline_of(folder: Path) -> str:
+    for name in ("model_index.json", "modular_model_index.json"):
+        try:
+            kind = json.loads((folder / name).read_bytes())["_class_name"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        return str(kind)
+    raise ModelError("model.format", f"{folder.name} has no readable model_index.json")
 
-    return sd1.load(base, work, device, dtype)
 
-
-_FAMILIES = {
-    "sd1": Family(
+# where marks of one are also in another, the stricter one comes first
+_ROWS = (
+    Family(
+        name="sdxl",
+        title="SDXL",
+        module="sdxl",
+        pipelines=("StableDiffusionXLPipeline",),
+        components=("unet", "vae", "text_encoder", "text_encoder_2"),
+        marks=("model.diffusion_model.input_blocks.", "conditioner.embedders.1."),
+        repository="stabilityai/stable-diffusion-xl-base-1.0",
+        architecture="stable-diffusion-xl-v1-base",
+        kohya_version="sdxl_base_v1-0",
+    ),
+    Family(
+        name="sd2",
+        title="Stable Diffusion 2.x",
+        module="sd",
+        pipelines=("StableDiffusionPipeline",),
+        components=("unet", "vae", "text_encoder"),
+        marks=("model.diffusion_model.input_blocks.", "cond_stage_model.model."),
+        repository="stabilityai/stable-diffusion-2-1",
+        architecture="stable-diffusion-v2-768-v",
+        kohya_version="sd_v2",
+    ),
+    Family(
         name="sd1",
-        check=_check_sd1,
-        load=_load_sd1,
+        title="Stable Diffusion 1.x",
+        module="sd",
+        pipelines=("StableDiffusionPipeline",),
+        components=("unet", "vae", "text_encoder"),
+        marks=("model.diffusion_model.input_blocks.", "cond_stage_model.transformer."),
+        repository="stable-diffusion-v1-5/stable-diffusion-v1-5",
         architecture="stable-diffusion-v1",
         kohya_version="sd_v1",
-    )
-}
+    ),
+    Family(
+        name="hunyuanimage",
+        title="HunyuanImage 2.1",
+        module="hunyuanimage",
+        pipelines=("HunyuanImagePipeline",),
+        components=("transformer", "vae", "text_encoder", "text_encoder_2"),
+        marks=("double_blocks.", "byt5_in."),
+        repository="hunyuanvideo-community/HunyuanImage-2.1-Diffusers",
+        architecture="hunyuan-image-2.1",
+        kohya_version="hunyuan_image_2.1",
+    ),
+    Family(
+        name="flux",
+        title="FLUX.1",
+        module="flux",
+        pipelines=("FluxPipeline",),
+        components=("transformer", "vae", "text_encoder", "text_encoder_2"),
+        marks=("double_blocks.", "single_blocks."),
+        repository="black-forest-labs/FLUX.1-dev",
+        architecture="flux-1-dev",
+        kohya_version="flux1",
+    ),
+    Family(
+        name="sd3",
+        title="Stable Diffusion 3",
+        module="sd3",
+        pipelines=("StableDiffusion3Pipeline",),
+        components=("transformer", "vae", "text_encoder", "text_encoder_2"),
+        marks=("joint_blocks.",),
+        repository="stabilityai/stable-diffusion-3.5-medium",
+        architecture="stable-diffusion-3",
+        kohya_version="sd3m",
+    ),
+    Family(
+        name="lumina2",
+        title="Lumina Image 2.0",
+        module="lumina2",
+        pipelines=("Lumina2Pipeline", "Lumina2Text2ImgPipeline"),
+        components=("transformer", "vae", "text_encoder"),
+        marks=("noise_refiner.", "cap_embedder."),
+        repository="Alpha-VLLM/Lumina-Image-2.0",
+        architecture="lumina-2",
+        kohya_version="lumina2",
+    ),
+    Family(
+        name="anima",
+        title="Anima",
+        module="anima",
+        pipelines=("AnimaModularPipeline", "AnimaAutoBlocks"),
+        components=("transformer", "vae", "text_encoder", "text_conditioner"),
+        marks=("llm_adapter.",),
+        repository="circlestone-labs/Anima",
+        architecture="anima",
+        kohya_version="anima",
+    ),
+)
+_FAMILIES = {row.name: row for row in _ROWS}

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from gpu_agent.wire import Recipe
+from gpu_agent.recipe import Recipe
 
 
 @pytest.fixture(scope="module")

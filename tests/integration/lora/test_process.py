@@ -107,7 +107,7 @@ def bundle(folder):
     package = Path(next(iter(gpu_agent.__path__)))
     file = folder / "bundle.pyz"
     with zipfile.ZipFile(file, "w") as zipped:
-        for path in [package / "__init__.py", package / "wire.py", *package.rglob("lora/**/*")]:
+        for path in [*package.glob("*.py"), *package.rglob("lora/**/*")]:
             if path.is_file() and path.suffix in {".py", ".json"}:
                 zipped.write(path, path.relative_to(package.parent))
     return file
@@ -177,7 +177,7 @@ def garbage(_workshop):
         (no_images, "dataset.empty", "none"),
         (truncated_base, "model.truncated", "half.safetensors"),
         (pickled_base, "model.format", "model.ckpt"),
-        (another_family, "model.family", "SD 1.x"),
+        (another_family, "model.family", "Stable Diffusion 1.x"),
         (no_base, "model.missing", "nowhere.safetensors"),
         (unknown_key, "recipe.invalid", "learnin_rate"),
         (rank_zero, "recipe.invalid", "steps"),

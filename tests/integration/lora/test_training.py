@@ -70,7 +70,7 @@ def test_sample_images_come_with_the_result(trained):
     heard, files = trained
     sample = heard.one("sample")
     assert sample["prompt"] == "a photo of sks"
-    with Image.open(files["samples/step-000018-0.png"]) as image:
+    with Image.open(files["samples/step-000018-0-0.png"]) as image:
         assert image.size == (64, 64)
 
 

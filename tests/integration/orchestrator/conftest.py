@@ -15,6 +15,7 @@ from flask.testing import FlaskClient
 from werkzeug.test import TestResponse
 
 from gpu_agent import wire
+from gpu_agent.recipe import Recipe
 from infra import schema
 from infra.crypto import SecretBox
 from infra.settings import Settings
@@ -149,7 +150,7 @@ class Edge:
         request = JobRequest(
             dataset_id=self.dataset(owner).id,
             base="civitai:1",
-            recipe=wire.Recipe().to_dict(),
+            recipe=Recipe().to_dict(),
             **changes,
         )
         with self.store.transaction() as tx:

@@ -8,6 +8,7 @@ import threading
 import pytest
 
 from gpu_agent import wire
+from gpu_agent.recipe import Recipe
 from gpu_agent.wire import Fact
 from state import record
 from state.errors import StokerError
@@ -47,7 +48,7 @@ def test_hello_gives_a_job_and_nothing_that_outlives_it(edge):
     assert spec.report_url == f"https://stoker.test/agent/v1/jobs/{job.id}/attempts/1/reports"
     assert spec.files_url == f"https://stoker.test/agent/v1/jobs/{job.id}/attempts/1/files"
     assert spec.lease_ends_at == edge.clock().timestamp() + 12 * 3600
-    assert wire.Recipe.from_dict(spec.recipe) == wire.Recipe()
+    assert Recipe.from_dict(spec.recipe) == Recipe()
     wire.secret_key(spec.secret)
     assert "agent.hello" in edge.events(job.id)
 

@@ -3,7 +3,7 @@ from PIL import Image
 
 from gpu_agent.lora import data
 from gpu_agent.lora.errors import DatasetError
-from gpu_agent.wire import Recipe
+from gpu_agent.recipe import Recipe
 
 
 def photo(path, size=(60, 40), **save):
