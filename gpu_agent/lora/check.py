@@ -2,7 +2,8 @@
 
 ::
 
-    python -m gpu_agent.lora.check LORA.safetensors --base BASE [--kohya TWIN.safetensors] --json
+    python -m gpu_agent.lora.check LORA.safetensors --base BASE [--family sd1]
+        [--kohya TWIN.safetensors] [--json]
 
 The same prompt is rendered from the same noise without and with the LoRA. ``changed`` is the mean
 difference of a pixel in levels of 0 to 255; ``kohya_differs`` is the largest difference between
@@ -19,9 +20,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gpu_agent.lora.families import ldm
-from gpu_agent.lora.families.clip_words import tokenizer_for
+from gpu_agent.lora import families
 from gpu_agent.lora.hush import hush_libraries
+from gpu_agent.recipe import FAMILIES
 
 #: A difference of the twins' images up to this is rounding (levels of 0 to 255).
 _SAME = 1.0
@@ -47,11 +48,18 @@ class Proof:
 
 
 def prove(
-    lora: Path, base: Path, kohya: Path | None = None, *, side: int = 64, steps: int = 3
+    lora: Path,
+    base: Path,
+    kohya: Path | None = None,
+    *,
+    family: str = "sd1",
+    side: int = 64,
+    steps: int = 3,
 ) -> Proof:
     """Load, render and compare. A file that does not load makes a proof that does not hold."""
     with tempfile.TemporaryDirectory() as scratch:
-        pipeline = _pipeline(base, Path(scratch))
+        pipeline = families.family(family).pipeline(base, Path(scratch))
+        pipeline.set_progress_bar_config(disable=True)
         plain = _render(pipeline, side, steps)
         try:
             ours, layers = _with_lora(pipeline, lora, side, steps)
@@ -67,35 +75,11 @@ def prove(
         return replace(proof, kohya_loads=True, kohya_differs=float(abs(theirs - ours).max()))
 
 
-def _pipeline(base: Path, scratch: Path) -> Any:
-    from diffusers import StableDiffusionPipeline
-    from diffusers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    if base.is_dir():
-        pipeline = StableDiffusionPipeline.from_pretrained(
-            base, local_files_only=True, safety_checker=None
-        )
-    else:
-        header = ldm.read_header(base)
-        text = ldm.configs(header)["text_encoder"]
-        pipeline = StableDiffusionPipeline.from_single_file(
-            str(base),
-            config=str(ldm.write_folder(header, scratch)),
-            tokenizer=tokenizer_for(
-                text["vocab_size"], text["max_position_embeddings"], base.parent
-            ),
-            local_files_only=True,
-            safety_checker=None,
-        )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
 def _with_lora(pipeline: Any, lora: Path, side: int, steps: int) -> tuple[Any, int]:
     pipeline.load_lora_weights(str(lora.parent), weight_name=lora.name, local_files_only=True)
     try:
-        layers = sum(name.endswith(".lora_A") for name, _ in pipeline.unet.named_modules())
+        denoiser = getattr(pipeline, "unet", None) or pipeline.transformer
+        layers = sum(name.endswith(".lora_A") for name, _ in denoiser.named_modules())
         return _render(pipeline, side, steps), layers
     finally:
         pipeline.unload_lora_weights()
@@ -119,12 +103,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="gpu_agent.lora.check", description=__doc__)
     parser.add_argument("lora", type=Path)
     parser.add_argument("--base", type=Path, required=True)
+    parser.add_argument("--family", default="sd1", choices=list(FAMILIES))
     parser.add_argument("--kohya", type=Path)
     parser.add_argument("--side", type=int, default=64, help="pixels of the rendered square")
     parser.add_argument("--json", action="store_true")
     asked = parser.parse_args(arguments)
     hush_libraries()
-    proof = prove(asked.lora, asked.base, asked.kohya, side=asked.side)
+    proof = prove(asked.lora, asked.base, asked.kohya, family=asked.family, side=asked.side)
     said = {**asdict(proof), "holds": proof.holds}
     lines = [json.dumps(said)] if asked.json else [f"{key}: {value}" for key, value in said.items()]
     sys.stdout.write("\n".join(lines) + "\n")

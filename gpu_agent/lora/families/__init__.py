@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -21,6 +21,7 @@ from gpu_agent.recipe import Recipe
 
 if TYPE_CHECKING:
     from gpu_agent.lora.families.base import Model
+    from gpu_agent.lora.families.naming import Export
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +29,8 @@ class Family:
     """A family of base models.
 
     Attributes:
-        module: in this package; its `load` makes a `base.Model`, its `EXPORTS` other namings.
+        module: in this package; its `load` makes a `base.Model`, its `pipeline` diffusers' own, its
+            `EXPORTS` are other namings of a LoRA.
         pipelines: what `model_index.json` calls such a model.
         components: the folders of a diffusers model that hold weights.
         marks: parts of tensor names; a single file in which all occur is of this family.
@@ -63,9 +65,25 @@ class Family:
         Raises:
             ModelError: weights are missing, of the wrong shape, or not finite.
         """
-        module = import_module(f"gpu_agent.lora.families.{self.module}")  # torch, diffusers: 5 s
-        model: Model = module.load(base, work, recipe, device, dtype)
+        model: Model = self._module().load(base, work, recipe, device, dtype)
         return model
+
+    def pipeline(self, base: Path, work: Path) -> Any:
+        """The base as users of diffusers load it: a `DiffusionPipeline`."""
+        from diffusers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
+        return self._module().pipeline(base, work)
+
+    def _module(self) -> Any:
+        return import_module(f"gpu_agent.lora.families.{self.module}")  # torch, diffusers: 5 s
+
+    def exports(self) -> Mapping[str, Export]:
+        """How the family's further files are made from diffusers-named tensors, by file name."""
+        exports: Mapping[str, Export] = import_module(
+            f"gpu_agent.lora.families.{self.module}"
+        ).EXPORTS
+        return exports
 
     def _check_file(self, base: Path) -> str:
         header = ldm.read_header(base)

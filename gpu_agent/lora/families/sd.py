@@ -7,13 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from gpu_agent.lora.errors import ModelError
-from gpu_agent.lora.families import ldm
+from gpu_agent.lora.families import ldm, naming
 from gpu_agent.lora.families.base import ATTENTION, Conditions, Model, check_whole, settle
 from gpu_agent.lora.families.clip_words import tokenizer_for
 from gpu_agent.lora.objective import Diffusion
@@ -21,6 +26,8 @@ from gpu_agent.recipe import Recipe
 
 #: What sd-scripts trains: every linear layer and 1x1 convolution inside a Transformer2DModel.
 FULL = [*ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"]
+
+EXPORTS = {naming.KOHYA: naming.kohya}
 
 
 class StableDiffusion(Model):
@@ -80,6 +87,23 @@ def load(base: Path, work: Path, recipe: Recipe, device: Any, dtype: Any) -> Sta
     )
     model.freeze()
     return model
+
+
+def pipeline(base: Path, work: Path) -> Any:
+    """The base as users of diffusers load it."""
+    if base.is_dir():
+        return StableDiffusionPipeline.from_pretrained(
+            base, local_files_only=True, safety_checker=None
+        )
+    header = ldm.read_header(base)
+    text = ldm.configs(header)["text_encoder"]
+    return StableDiffusionPipeline.from_single_file(
+        str(base),
+        config=str(ldm.write_folder(header, work)),
+        tokenizer=tokenizer_for(text["vocab_size"], text["max_position_embeddings"], base.parent),
+        local_files_only=True,
+        safety_checker=None,
+    )
 
 
 def _from_file(base: Path, configs: Path, dtype: Any) -> tuple[Any, Any, Any, Any]:

@@ -80,10 +80,10 @@ class Workshop:
     base: Path
     photos: Path
 
-    def job(self, name="job", resume_dir=None, base=None, photos=None, **recipe):
+    def job(self, name="job", resume_dir=None, base=None, photos=None, family="sd1", **recipe):
         return {
             "base_file": str(base or self.base),
-            "base_family": "sd1",
+            "base_family": family,
             "images_dir": str(photos or self.photos),
             "output_dir": str(self.folder / name / "out"),
             "work_dir": str(self.folder / name / "work"),
