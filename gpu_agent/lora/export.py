@@ -1,4 +1,4 @@
-"""The result as files: the same LoRA in diffusers' naming and in kohya's.
+"""The result as files: the same LoRA in diffusers' naming and in what else its family is read in.
 
 Alpha is not among the tensors of a diffusers file. It is in the file's metadata, and a reader that
 finds none takes alpha = rank. Kohya's naming has a tensor per layer for it. Both are written, so
@@ -20,7 +20,6 @@ from gpu_agent.lora.families import Family
 from gpu_agent.recipe import Recipe
 
 DIFFUSERS = "lora.safetensors"
-KOHYA = "lora_kohya.safetensors"
 
 
 def write(
@@ -32,7 +31,7 @@ def write(
     adapter_config: Mapping[str, Any],
     steps: int,
 ) -> list[Path]:
-    """Write both files.
+    """Write the diffusers file, and one for each of the family's `EXPORTS`.
 
     Args:
         tensors: by name in a diffusers file, ``unet.….lora_A.weight``.
@@ -49,21 +48,13 @@ def write(
     prefix = next(iter(tensors)).split(".", 1)[0]
     config = {f"{prefix}.{key}": _plain(value) for key, value in adapter_config.items()}
     diffusers = {**said, "lora_adapter_metadata": json.dumps(config, sort_keys=True)}
-    kohya = {**said, **_ss(family, recipe, steps)}
     tensor_file.write(folder / DIFFUSERS, tensors, diffusers)
-    tensor_file.write(folder / KOHYA, kohya_tensors(tensors, recipe.alpha), kohya)
-    return [folder / DIFFUSERS, folder / KOHYA]
-
-
-def kohya_tensors(tensors: Mapping[str, Any], alpha: float) -> dict[str, Any]:
-    """``unet.a.b.lora_A.weight`` → ``lora_unet_a_b.lora_down.weight``, and an alpha per layer."""
-    renamed: dict[str, Any] = {}
-    for name, tensor in tensors.items():
-        layer, side, leaf = name.rsplit(".", 2)
-        ours = "lora_" + layer.replace(".", "_")
-        renamed[f"{ours}.{'lora_down' if side == 'lora_A' else 'lora_up'}.{leaf}"] = tensor
-        renamed[f"{ours}.alpha"] = torch.tensor(alpha)
-    return renamed
+    files = [folder / DIFFUSERS]
+    for name, rename in family.exports().items():
+        others = {**said, **_ss(family, recipe, steps)}
+        tensor_file.write(folder / name, rename(tensors, recipe.alpha), others)
+        files.append(folder / name)
+    return files
 
 
 def _modelspec(family: Family, recipe: Recipe) -> dict[str, str]:

@@ -1,9 +1,9 @@
 """Other programs' names for the tensors of an adapter.
 
 Ours are diffusers': `unet.a.b.lora_A.weight`, `lora_B.weight` and, of DoRA,
-`lora_magnitude_vector.weight`; alpha is in the file's metadata. A family says in its `EXPORTS` which
-further files are written, and how each is made from these. Most of them differ in the names of
-layers only; what comes after a layer's name is the same in kohya's and in ComfyUI's files.
+`lora_magnitude_vector.weight`; alpha is in the file's metadata. A family's module says in its
+`EXPORTS` which further files are written, and how each is made from these. Most of them differ in
+the names of layers only; what comes after a layer's name is the same in kohya's and in ComfyUI's.
 """
 
 from __future__ import annotations
