@@ -35,6 +35,10 @@ def hedged_from(job: Job, lease: Lease, rules: Policy = policy.DEFAULT) -> datet
     return lease.rented_at + max(rules.hedge_least, expected)
 
 
+#: Lists may lag behind a machine that boots fast for so long.
+LIST_LAG = timedelta(seconds=30)
+
+
 def release_pause(tries: int) -> timedelta:
     """Pause before the next look at a lease that is being released: 1, 2, 4 … 60 s, for ever."""
     return timedelta(seconds=min(60, 2 ** min(tries, 6)))
@@ -46,9 +50,14 @@ def settled(lease: Lease, now: datetime, rules: Policy = policy.DEFAULT) -> bool
     return now - (lease.rented_at or lease.created_at) >= rules.settle
 
 
-def was_shown(lease: Lease) -> bool:
-    """Whether the market has shown its instance, so that its absence from a list says something."""
-    return any(at is not None for at in (lease.seen_at, lease.running_at, lease.ready_at))
+def is_proof(lease: Lease, now: datetime, rules: Policy = policy.DEFAULT) -> bool:
+    """Whether the absence of its instance from lists says that it is gone: one showed it before,
+    or its agent was heard and lists had the time to catch up, or it is `settled`."""
+    if lease.seen_at is not None:
+        return True
+    heard = lease.running_at is not None or lease.ready_at is not None
+    caught_up = lease.rented_at is not None and now - lease.rented_at >= LIST_LAG
+    return (heard and caught_up) or settled(lease, now, rules)
 
 
 def last_words_at(lease: Lease, now: datetime) -> datetime:

@@ -215,8 +215,8 @@ class Keeper:
         ended_at = lease.ended_at or confirmed or now
         lease = lease.evolve(absent=lease.absent + 1, ended_at=ended_at)
         # What no list showed yet may still appear; so may what nobody could name.
-        was_there = lease.instance_id is not None and renting.was_shown(lease)
-        proven = was_there or renting.settled(lease, now, self.rules)
+        named = lease.instance_id is not None
+        proven = (renting.is_proof if named else renting.settled)(lease, now, self.rules)
         if lease.absent >= ABSENT_LISTS and proven:
             self._close(tx, lease, now, lease.why)
         elif lease.absent >= ABSENT_LISTS:
@@ -445,7 +445,7 @@ def _lost(
             continue
         mine = _of(lease, listed)
         # What no list showed yet may still appear.
-        proven = renting.was_shown(lease) or renting.settled(lease, now, keeper.rules)
+        proven = renting.is_proof(lease, now, keeper.rules)
         vanished = not mine and proven and lease.absent + 1 >= ABSENT_LISTS
         vanished = vanished and keeper.is_gone(lease.instance_id)
         with keeper.store.transaction() as tx:

@@ -217,5 +217,5 @@ def test_a_token_that_comes_from_two_machines_moves_the_job_elsewhere(world: Wor
         code="host.token_reused",
         message="the machine's bootstrap token was used a second time, by somebody else",
     )
-    pass_time(world, 20)
+    pass_time(world, 40)
     assert machines(world) == ["m2"]

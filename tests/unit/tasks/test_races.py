@@ -81,6 +81,24 @@ def test_a_machine_too_young_for_any_list_is_not_taken_for_gone(clock: Any) -> N
     assert market.running() == []
 
 
+def test_a_machine_that_spoke_before_any_list_showed_it_is_not_taken_for_gone(clock: Any) -> None:
+    """The market lies about its end, too: two lists without it are no proof."""
+    market = MemoryProvider(clock, [offer(1)], read_lag_s=20)
+    world = World(clock, market)
+    world.add_job()
+    world.renter.allocate("job_1")
+    world.hello()
+    with world.store.transaction() as tx:
+        record.cancel(tx, "job_1", clock())
+    market.faults = lambda verb: Fault(error=Unknown("timeout")) if verb == "destroy" else None
+    for _ in range(5):
+        world.keeper.release_job("job_1")
+    assert world.leases()[0].status is LeaseStatus.RELEASING
+    market.faults = lambda verb: None
+    world.settle()
+    assert market.running() == []
+
+
 def test_a_machine_too_young_for_any_list_is_not_taken_for_lost(clock: Any) -> None:
     world = World(clock, MemoryProvider(clock, [offer(1)], read_lag_s=20))
     world.add_job()

@@ -357,6 +357,7 @@ def test_a_vanished_machine_stalls_its_job_and_another_is_rented(world: Any) -> 
     world.add_job()
     lease = world.renter.allocate("job_1")
     world.report(Fact.GPU_READY)
+    world.clock.advance(30)
     world.provider.vanish(lease.instance_id)
     sweep(world.keeper, "test")
     assert world.job().status is Status.PENDING_IMAGES
