@@ -164,12 +164,13 @@ def run(
 
 
 def _lived(todo: Sequence[Cohort], workers: int) -> Iterator[Outcome]:
+    # here, and not in the workers alone: who shrinks a failure runs worlds in this process
+    quiet()
     if workers < 2 or len(todo) < 2:
-        quiet()
         yield from map(live, todo)
         return
     context = multiprocessing.get_context("fork")
-    with context.Pool(workers, initializer=quiet) as pool:
+    with context.Pool(workers) as pool:
         yield from pool.imap(live, todo)
 
 
