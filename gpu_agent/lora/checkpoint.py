@@ -3,9 +3,11 @@
 A checkpoint is a folder that appears whole (written beside, synced, renamed)::
 
     step-00000200/
-        lora.safetensors    the LoRA at this step, in diffusers naming: usable as it is
+        lora.safetensors    the LoRA at this step, in diffusers naming: usable as it is; where the
+                            recipe averages the weights, the average
         best.safetensors    the best LoRA so far, where that is another one
-        state.pt            optimizer, gradient scaler, losses so far (no code in it)
+        state.pt            optimizer, gradient scaler, losses so far, the trained weights where
+                            the LoRA is their average (no code in it)
         about.json          step, what it belongs to, validations, size and SHA-256 of each file
 
 There is no random state and no place in the data's order in it, because nothing draws by history
@@ -39,7 +41,7 @@ LORA = "lora.safetensors"
 BEST = "best.safetensors"
 _STATE = "state.pt"
 _ABOUT = "about.json"
-_FORMAT = 2
+_FORMAT = 3
 
 
 #: What reading a broken checkpoint can raise.
@@ -71,7 +73,8 @@ class Progress:
     Attributes:
         step: optimizer steps done.
         lora: tensors by their name in a diffusers LoRA file.
-        state: optimizer, scaler, losses and what was painted, as `torch.save` keeps them.
+        state: optimizer, scaler, losses, what was painted, and the trained weights where `lora` is
+            their average, as `torch.save` keeps them.
         validations: by step; 0 is the untrained model.
     """
 

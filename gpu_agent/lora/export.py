@@ -28,14 +28,14 @@ def write(
     *,
     family: Family,
     recipe: Recipe,
-    adapter_config: Mapping[str, Any],
+    configs: Mapping[str, Mapping[str, Any]],
     steps: int,
 ) -> list[Path]:
     """Write the diffusers file, and one for each of the family's `EXPORTS`.
 
     Args:
         tensors: by name in a diffusers file, ``unet.….lora_A.weight``.
-        adapter_config: peft's, as a dict.
+        configs: peft's, of each part of the model.
         steps: after how many optimizer steps these tensors were taken.
 
     Raises:
@@ -45,8 +45,11 @@ def write(
         if not torch.isfinite(tensor).all():
             raise TrainingError("training.diverged", f"the trained weights are not finite: {name}")
     said = _modelspec(family, recipe)
-    prefix = next(iter(tensors)).split(".", 1)[0]
-    config = {f"{prefix}.{key}": _plain(value) for key, value in adapter_config.items()}
+    config = {
+        f"{part}.{key}": _plain(value)
+        for part, config in configs.items()
+        for key, value in config.items()
+    }
     diffusers = {**said, "lora_adapter_metadata": json.dumps(config, sort_keys=True)}
     tensor_file.write(folder / DIFFUSERS, tensors, diffusers)
     files = [folder / DIFFUSERS]

@@ -11,14 +11,15 @@ from typing import Any
 
 import torch
 
-from gpu_agent.lora import draws
-from gpu_agent.lora.adapter import Adapter
+from gpu_agent.lora import draws, ema, optimizers
+from gpu_agent.lora.adapter import Trainable
 from gpu_agent.lora.cache import Sample, move, move_conditions
 from gpu_agent.lora.checkpoint import Checkpoints, Progress, Saver, Unusable
 from gpu_agent.lora.errors import TrainingError
 from gpu_agent.lora.evaluate import Evaluator, Validation
 from gpu_agent.lora.families.base import Conditions, Model
 from gpu_agent.lora.objective import Density
+from gpu_agent.lora.optimizers import learning_rate
 from gpu_agent.lora.talk import Events, Orders, Pulse, Stopped
 from gpu_agent.recipe import Recipe
 
@@ -26,8 +27,6 @@ from gpu_agent.recipe import Recipe
 _REPORT_EVERY = 1.0
 #: Points of the loss curve in one report; more are averaged into as many.
 _MOST_POINTS = 20
-#: Gradients longer than this are shortened to it, as sd-scripts does.
-_LONGEST_GRADIENT = 1.0
 
 
 class Loop:
@@ -43,7 +42,7 @@ class Loop:
         self,
         *,
         model: Model,
-        adapter: Adapter,
+        adapter: Trainable,
         samples: Sequence[Sample],
         empty: Conditions,
         recipe: Recipe,
@@ -69,7 +68,10 @@ class Loop:
         self._pulse = pulse
         self._draw_samples = draw_samples
         self._device = accelerator.device
-        self._optimizer = accelerator.prepare(_optimizer(adapter.parameters, recipe, self._device))
+        self._optimizer = accelerator.prepare(
+            optimizers.make(adapter.groups(), recipe, self._device)
+        )
+        self._kept = ema.kept(adapter, self._optimizer, recipe)
         self._batches = draws.Batches(
             tuple(sample.bucket for sample in samples), recipe.batch_size, recipe.seed
         )
@@ -86,13 +88,13 @@ class Loop:
         state, untouched = progress.state, self._adapter.tensors()
         try:
             losses, painted = state["losses"].to(self._device), int(state["painted"])
-            self._adapter.fill(progress.lora)
+            self._kept.resume(progress.lora, state["trained"])
             # empty where the other machine trained in bf16
             if self._accelerator.scaler is not None and state["scaler"]:
                 self._accelerator.scaler.load_state_dict(state["scaler"])
             self._optimizer.load_state_dict(state["optimizer"])
         except (KeyError, ValueError, TypeError, RuntimeError) as error:
-            self._adapter.fill(untouched)
+            self._kept.resume(untouched, {})
             raise Unusable(
                 f"the checkpoint of step {progress.step} does not fit: {error}"
             ) from error
@@ -118,13 +120,14 @@ class Loop:
         return self.step == self._recipe.steps and self.step in self.validations
 
     def validate(self) -> Validation:
-        """Measure the present weights and say so.
+        """Measure the present weights, as they would be kept, and say so.
 
         Raises:
             TrainingError: `training.diverged`.
             Stopped: a stop was ordered before it was done.
         """
-        seen = self._evaluator.measure()
+        with self._kept.shown():
+            seen = self._evaluator.measure()
         if not math.isfinite(seen.loss):
             raise _diverged(self.step)
         self.validations[self.step] = seen
@@ -136,8 +139,9 @@ class Loop:
         scaler = self._accelerator.scaler
         return Progress(
             step=self.step,
-            lora=self._adapter.tensors(),
+            lora=self._kept.tensors(),
             state={
+                "trained": self._kept.trained(),
                 "optimizer": _copied(self._optimizer.state_dict()),
                 "scaler": scaler.state_dict() if scaler is not None else {},
                 "losses": self._losses[: self.step].cpu().clone(),
@@ -157,8 +161,7 @@ class Loop:
     # --- one step -----------------------------------------------------------------------------
 
     def _one_step(self) -> None:
-        for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate(self._recipe, self.step)
+        optimizers.set_rates(self._optimizer, self._recipe, self.step)
         parts = self._recipe.gradient_accumulation
         for part in range(parts):
             if part:
@@ -166,9 +169,11 @@ class Loop:
             loss = self._loss(self.step * parts + part) / parts
             self._accelerator.backward(loss)
             self._losses[self.step] += loss.detach()
-        self._accelerator.clip_grad_norm_(self._adapter.parameters, _LONGEST_GRADIENT)
+        self._accelerator.clip_grad_norm_(self._adapter.parameters, self._recipe.max_grad_norm)
         self._optimizer.step()
         self._optimizer.zero_grad()
+        self._adapter.settle()
+        self._kept.follow(self.step + 1)
 
     def _loss(self, index: int) -> Any:
         recipe = self._recipe
@@ -219,7 +224,8 @@ class Loop:
             if save:
                 self._save()
             if paint:
-                self._draw_samples(self.step)
+                with self._kept.shown():
+                    self._draw_samples(self.step)
                 self._painted_step = self.step
         # this pause is not the training's speed
         self._now = time.monotonic()
@@ -275,32 +281,6 @@ class Loop:
             at = self._reported + start + len(some)
             points.append([at, sum(some) / len(some), learning_rate(self._recipe, at - 1)])
         return points
-
-
-def learning_rate(recipe: Recipe, step: int) -> float:
-    """The rate after `step` done steps: linear warm-up, then constant, or cosine or linear to 0."""
-    if step < recipe.warmup_steps:
-        return recipe.learning_rate * (step + 1) / recipe.warmup_steps
-    if recipe.scheduler == "constant":
-        return recipe.learning_rate
-    share = (step - recipe.warmup_steps) / max(1, recipe.steps - recipe.warmup_steps)
-    left = 1 - share if recipe.scheduler == "linear" else 0.5 * (1 + math.cos(math.pi * share))
-    return recipe.learning_rate * left
-
-
-def _optimizer(parameters: list[Any], recipe: Recipe, device: Any) -> Any:
-    if recipe.optimizer == "prodigy":
-        from prodigyopt import Prodigy
-
-        # safeguard_warmup, or the estimate of the step size is thrown off by a low first rate
-        return Prodigy(
-            parameters,
-            lr=recipe.learning_rate,
-            use_bias_correction=True,
-            safeguard_warmup=recipe.warmup_steps > 0,
-        )
-    fused = device.type in {"cuda", "cpu"}
-    return torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=1e-2, fused=fused)
 
 
 def _copied(value: Any) -> Any:

@@ -137,7 +137,7 @@ def _finish(
         tensors,
         family=plan.family,
         recipe=plan.job.recipe,
-        adapter_config=adapter.config,
+        configs=adapter.configs,
         steps=best,
     )
     files += curve.write(folder, loop.history(), loop.validations)

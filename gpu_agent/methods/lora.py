@@ -31,6 +31,7 @@ class Lora:
         "pillow>=12",
         "prodigyopt>=1.1",
         "safetensors>=0.8",
+        "schedulefree>=1.4",
         "torch>=2.6",
         "transformers>=5,<6",
     )

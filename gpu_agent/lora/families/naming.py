@@ -1,7 +1,7 @@
 """Other programs' names for the tensors of an adapter.
 
 Ours are diffusers': `unet.a.b.lora_A.weight`, `lora_B.weight` and, of DoRA,
-`lora_magnitude_vector.weight`; alpha is in the file's metadata. A family's module says in its
+`lora_magnitude_vector`; alpha is in the file's metadata. A family's module says in its
 `EXPORTS` which further files are written, and how each is made from these. Most of them differ in
 the names of layers only; what comes after a layer's name is the same in kohya's and in ComfyUI's.
 """
@@ -22,7 +22,7 @@ COMFYUI = "lora_comfyui.safetensors"
 _LEAVES = {
     "lora_A.weight": "lora_down.weight",
     "lora_B.weight": "lora_up.weight",
-    "lora_magnitude_vector.weight": "dora_scale",
+    "lora_magnitude_vector": "dora_scale",
 }
 #: What a diffusers file calls a part of the model → what kohya's files for SD 1.x and 2.x call it.
 _KOHYA_PARTS = {"unet": "lora_unet", "text_encoder": "lora_te"}
