@@ -42,7 +42,7 @@ class Model(ABC):
     #: Whether sample images need a second pass without a prompt, and how far to go from it.
     sample_guidance: ClassVar[float] = 1.0
     #: Shift of the sample images' noise levels.
-    sample_shift: ClassVar[float] = 1.0
+    sample_shift: float = 1.0
 
     def __init__(
         self,
