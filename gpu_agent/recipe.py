@@ -28,13 +28,13 @@ class Recipe:
         adapter: `lora`; `dora` (arXiv:2402.09353), `lokr` (arXiv:2309.14859), `oft`
             (arXiv:2306.07280); or `embedding`, textual inversion of `trigger` (arXiv:2208.01618).
         rank, alpha: of the adapter; its update is scaled by alpha / rank. Alpha is the rank where
-            it is not said. For `oft` the rank is the block size; for `embedding` it is the number
-            of vectors.
+            it is not said. For `oft` the rank is the block size, for `embedding` the number of
+            vectors, and alpha is nothing.
         targets: `attention` (to_q, to_k, to_v, to_out.0) or `full` (the set of sd-scripts).
         text_encoder_rate: learning rate of the text encoders' own LoRA; 0 leaves them alone.
         lora_plus: learning rate of B as a multiple of A's (LoRA+, arXiv:2402.12354).
         learning_rate, optimizer, weight_decay, max_grad_norm: `prodigy` wants a rate of 1.
-        scheduler, warmup_steps: of the learning rate.
+        scheduler, warmup_steps: of the learning rate; `schedule_free` keeps it constant.
         ema_decay: of the exponential moving average of the weights that is validated and kept
             instead of them; 0 means none.
         trigger: the word that stands for the subject.
@@ -197,6 +197,10 @@ _DIFFUSION_ONLY = {
     "noise_offset": 0.0,
     "prediction": "auto",
 }
+#: Those whose text encoders' LoRA is read by the programs that read the rest of it.
+ADAPTABLE_TEXTS = frozenset({"sd1", "sd2", "sdxl"})
+#: Adapters with an A and a B.
+_LOW_RANK = frozenset({"lora", "dora"})
 _OWN_RATE = frozenset({"prodigy"})
 
 
@@ -204,6 +208,9 @@ def _unsaid(said: Mapping[str, Any], family: str) -> dict[str, Any]:
     chosen = {**QUALITIES[said.get("quality", "standard")], **FAMILIES[family]}
     if said.get("optimizer") in _OWN_RATE:
         chosen["learning_rate"] = 1.0
+    if said.get("optimizer") == "schedule_free":
+        # it averages the weights itself, instead of lowering the rate
+        chosen |= {"scheduler": "constant", "ema_decay": 0.0}
     if said.get("adapter") == "embedding":
         # a few vectors of a prompt; the rate is that of diffusers' and sd-scripts' examples
         chosen |= {"rank": 4, "learning_rate": 5e-3, "ema_decay": 0.0}
@@ -223,10 +230,38 @@ def _misfits(said: Mapping[str, Any], family: str) -> dict[str, str]:
             faults["adapter"] = f"embedding is for {', '.join(sorted(DIFFUSION))}, not {family}"
         elif not said.get("trigger", "").strip():
             faults["adapter"] = "embedding needs a trigger: the word that it teaches"
+    faults |= _misfit_rates(said, family)
     if said.get("min_snr_gamma") is not None and said.get("debiased"):
         faults["debiased"] = "and min_snr_gamma weigh the same thing; take one of them"
     if said.get("prior_images", 0) > 0 and not said.get("prior_prompt", "").strip():
         faults["prior_images"] = "needs prior_prompt: what the images of the class show"
+    return faults
+
+
+def _misfit_rates(said: Mapping[str, Any], family: str) -> dict[str, str]:
+    """Of optimizers, and of rates for what is not there."""
+    faults = {}
+    low_rank = said.get("adapter", "lora") in _LOW_RANK
+    if said.get("text_encoder_rate", 0.0) > 0:
+        if family not in ADAPTABLE_TEXTS:
+            faults["text_encoder_rate"] = (
+                f"is for {', '.join(sorted(ADAPTABLE_TEXTS))}, not for {family}"
+            )
+        elif not low_rank:
+            faults["text_encoder_rate"] = f"is for {' and '.join(sorted(_LOW_RANK))} only"
+    if said.get("lora_plus", 1.0) != 1 and not low_rank:
+        faults["lora_plus"] = f"is for {' and '.join(sorted(_LOW_RANK))} only"
+    if said.get("optimizer") == "prodigy":
+        text_rate = said.get("text_encoder_rate", 0.0)
+        if said.get("lora_plus", 1.0) != 1:
+            faults["lora_plus"] = "does not go with prodigy, which has one rate for all"
+        if text_rate not in (0, said.get("learning_rate", 1.0)):
+            faults["text_encoder_rate"] = "must be learning_rate with prodigy, which has one rate"
+    if said.get("optimizer") == "schedule_free":
+        if said.get("scheduler", "constant") != "constant":
+            faults["scheduler"] = "must be constant with schedule_free"
+        if said.get("ema_decay", 0.0) > 0:
+            faults["ema_decay"] = "must be 0 with schedule_free, which averages the weights itself"
     return faults
 
 
