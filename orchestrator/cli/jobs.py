@@ -14,7 +14,7 @@ from urllib.parse import quote
 import typer
 from rich.progress import track
 
-from gpu_agent.recipe import Recipe
+from gpu_agent.recipe import FAMILIES, QUALITIES, Recipe
 from orchestrator.cli.client import Client, job_path
 from orchestrator.cli.console import (
     CliError,
@@ -48,7 +48,11 @@ def train(
         typer.Option(help="civitai:<version>, hf:<owner>/<repo>/<file>, s3:bases/<key> or a URL."),
     ],
     trigger: Annotated[str, typer.Option(help="The word that will stand for the subject.")] = "",
-    steps: Annotated[int, typer.Option(help="Training steps.")] = 1000,
+    family: Annotated[str, typer.Option(help=f"Of the base: {', '.join(FAMILIES)}.")] = "sd1",
+    quality: Annotated[
+        str, typer.Option(help=f"Sets what the recipe does not say: {', '.join(QUALITIES)}.")
+    ] = "standard",
+    steps: Annotated[int | None, typer.Option(help="Training steps.")] = None,
     recipe: Annotated[
         str, typer.Option(help="More of the recipe, as JSON: '{\"rank\": 32}'.")
     ] = "{}",
@@ -71,10 +75,12 @@ def train(
 
     Example: stoker train ./photos --base civitai:128713 --trigger ohwx --max-cost 2
     """
-    wanted = _recipe(recipe, trigger, steps)
+    said = {"quality": quality, "steps": steps, "trigger": trigger or None}
+    wanted = _recipe(recipe, said, family)
     files = photo_files(photos)
     body: dict[str, Any] = {
         "base": base,
+        "base_family": family,
         "recipe": wanted,
         "gpu": {"min_vram_gb": min_vram, "gpu_names": gpu or []},
         "max_cost": round(max_cost * 1_000_000),
@@ -117,17 +123,20 @@ def _confirm(max_cost: float) -> None:
         raise CliError("nothing was started", "not confirmed", "", Exit.FAILED)
 
 
-def _recipe(text: str, trigger: str, steps: int) -> dict[str, Any]:
+def _recipe(text: str, said: Mapping[str, Any], family: str) -> dict[str, Any]:
+    """The whole recipe: what the options and the JSON say, and what follows from them."""
+    if family not in FAMILIES:
+        why = f"known are {', '.join(FAMILIES)}"
+        raise CliError(f"no base family is called {family!r}", why, "name one of them", Exit.USAGE)
     try:
         given = json.loads(text)
         if not isinstance(given, dict):
             raise ValueError("it is not an object")
-        recipe = {"steps": steps, **({"trigger": trigger} if trigger else {}), **given}
-        Recipe.from_dict(recipe)
+        options = {key: value for key, value in said.items() if value is not None}
+        return Recipe.from_dict({**options, **given}, family).to_dict()
     except ValueError as error:
-        then = "README.md lists the recipe's keys"
+        then = "docs/trainer.md lists the recipe's keys"
         raise CliError("the recipe cannot be used", str(error), then, Exit.USAGE) from None
-    return recipe
 
 
 def photo_files(photos: Path) -> list[Path]:
@@ -160,12 +169,21 @@ def _show_plan(files: Sequence[Path], body: Mapping[str, Any]) -> None:
         err,
         [
             ("  photographs", f"{what}, {_mb(size)}"),
-            ("  base", body["base"]),
-            ("  recipe", ", ".join(f"{key} {value}" for key, value in body["recipe"].items())),
+            ("  base", f"{body['base']} ({body['base_family']})"),
+            ("  recipe", _recipe_words(body["recipe"])),
             ("  GPU", _gpu_words(body["gpu"])),
             ("  at most", f"${body['max_cost'] / 1e6:.2f}, all attempts together"),
             *([("  webhook", body["webhook"]["url"])] if "webhook" in body else []),
         ],
+    )
+
+
+def _recipe_words(recipe: Mapping[str, Any]) -> str:
+    """What is set; a key that is off says nothing."""
+    return ", ".join(
+        f"{key} {value}"
+        for key, value in recipe.items()
+        if value not in (None, "", False, 0, [], "auto")
     )
 
 
