@@ -91,15 +91,16 @@ class Family:
         if found != self.name:
             said = f"a {_FAMILIES[found].title} model" if found else "no model that is known here"
             raise ModelError("model.family", f"{base.name} is {said}, not {self.title}")
-        if self.module == "sd":
+        if self.name in ldm.LAYOUTS:
             ldm.configs(header)
         told = json.dumps([sorted(header.shapes.items()), base.stat().st_size])
         return hashlib.sha256(told.encode()).hexdigest()
 
     def _check_folder(self, base: Path) -> str:
-        kind = _pipeline_of(base)
-        if kind not in self.pipelines:
-            raise ModelError("model.family", f"{base.name} is a {kind}, not {self.title}")
+        found = _of_folder(base)
+        if found != self.name:
+            said = f"a {_FAMILIES[found].title} model" if found else f"a {_pipeline_of(base)}"
+            raise ModelError("model.family", f"{base.name} is {said}, not {self.title}")
         told = []
         for component in self.components:
             weights = sorted((base / component).glob("*.safetensors"))
@@ -126,13 +127,29 @@ def of_names(names: Iterable[str]) -> str | None:
     return next(fits, None)
 
 
+def _of_folder(folder: Path) -> str | None:
+    """The family of a diffusers folder."""
+    kind = _pipeline_of(folder)
+    fits = [row.name for row in _ROWS if kind in row.pipelines]
+    if len(fits) > 1:
+        # SD 1.x and 2.x: the older one's attentions stand between convolutions
+        linear = bool(_json(folder / "unet" / "config.json").get("use_linear_projection"))
+        return "sd2" if linear else "sd1"
+    return fits[0] if fits else None
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        said = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return said if isinstance(said, dict) else {}
+
+
 def _pipeline_of(folder: Path) -> str:
     for name in ("model_index.json", "modular_model_index.json"):
-        try:
-            kind = json.loads((folder / name).read_bytes())["_class_name"]
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-        return str(kind)
+        if kind := _json(folder / name).get("_class_name"):
+            return str(kind)
     raise ModelError("model.format", f"{folder.name} has no readable model_index.json")
 
 

@@ -18,6 +18,9 @@ from gpu_agent.lora.errors import ModelError
 BYTE_WORDS = 514
 CLIP_WORDS = 49_408
 _CLIP_REPO = "openai/clip-vit-large-patch14"
+#: What fills up short texts: for OpenAI's CLIP as Hugging Face has it, and for OpenCLIP (its 0).
+HUGGING_FACE_PAD = "<|endoftext|>"
+OPEN_CLIP_PAD = "!"
 _SPECIAL = ("<|startoftext|>", "<|endoftext|>")
 
 
@@ -30,34 +33,44 @@ def byte_vocabulary() -> dict[str, int]:
     return {word: number for number, word in enumerate(words)}
 
 
-def tokenizer_for(words: int, length: int, beside: Path) -> Any:
+def tokenizer_for(
+    words: int,
+    length: int,
+    beside: Path,
+    *,
+    folder: str = "tokenizer",
+    pad: str = HUGGING_FACE_PAD,
+) -> Any:
     """A `CLIPTokenizer` for a text encoder with `words` embeddings and `length` positions.
 
     Args:
         beside: the model's folder, or the folder that its single file is in.
+        folder: in it, where the tokenizer may be.
+        pad: the token that short texts are filled up with.
 
     Raises:
         ModelError: no tokenizer for that many words can be had here.
     """
     from transformers import CLIPTokenizer
 
+    said = {"model_max_length": length, "pad_token": pad}
     if words == BYTE_WORDS:
-        return CLIPTokenizer(vocab=byte_vocabulary(), merges=[], model_max_length=length)
-    folder = beside / "tokenizer"
-    if (folder / "merges.txt").is_file() or (folder / "tokenizer.json").is_file():
-        return CLIPTokenizer.from_pretrained(folder, model_max_length=length, local_files_only=True)
+        return CLIPTokenizer(vocab=byte_vocabulary(), merges=[], **said)
+    near = beside / folder
+    if (near / "merges.txt").is_file() or (near / "tokenizer.json").is_file():
+        return CLIPTokenizer.from_pretrained(near, local_files_only=True, **said)
     if words != CLIP_WORDS:
         raise ModelError(
             "model.tokenizer",
             f"the text encoder knows {words} words, which is not CLIP's vocabulary; "
-            f"put its tokenizer into a folder named tokenizer beside the model",
+            f"put its tokenizer into a folder named {folder} beside the model",
         )
     try:
-        return CLIPTokenizer.from_pretrained(_CLIP_REPO, model_max_length=length)
+        return CLIPTokenizer.from_pretrained(_CLIP_REPO, **said)
     except (OSError, ValueError) as error:
         raise ModelError(
             "model.tokenizer",
             f"CLIP's tokenizer ({_CLIP_REPO}) can be had neither from the Hugging Face hub nor "
-            f"from {folder}: {error}",
+            f"from {near}: {error}",
             retryable=True,
         ) from error

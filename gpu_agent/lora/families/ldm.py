@@ -1,16 +1,15 @@
-"""The single-file layout in which SD 1.x models are passed around (and served by Civitai).
+"""The single-file layout in which SD 1.x, SD 2.x and SDXL are passed around (served by Civitai).
 
-One safetensors file holds the denoiser, the VAE and the text encoder under the names of
-CompVis' latent-diffusion (LDM) code. Nothing in it says how wide the networks are, so the
-configuration is read off the tensors' shapes, starting from SD 1.5's own: a real SD 1.x file gives
-exactly the SD 1.5 configuration, a small one its own widths.
+One safetensors file holds the denoiser, the VAE and the text encoders under the names of CompVis'
+latent-diffusion (LDM) code, the text encoders as Hugging Face or as OpenCLIP name theirs. Nothing
+in it says how wide the networks are, so the configuration is read off the tensors' shapes, starting
+from the family's own: a real file gives exactly the real configuration, a small one its own widths.
 
 Only the safetensors header is read here, with the standard library; torch comes later.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import struct
@@ -25,10 +24,9 @@ from gpu_agent.lora.errors import ModelError
 
 UNET = "model.diffusion_model."
 VAE = "first_stage_model."
-TEXT = "cond_stage_model.transformer."
 
-#: Channels per attention head in CLIP text encoders.
-_CLIP_HEAD = 64
+#: Channels per attention head: of CLIP's text encoders, and of the UNets after SD 1.x.
+_HEAD = 64
 #: safetensors refuses longer headers too (bytes).
 _MAX_HEADER = 100_000_000
 
@@ -80,145 +78,210 @@ def _truncated(path: Path, wanted: int, size: int) -> ModelError:
     )
 
 
+@dataclass(frozen=True)
+class Encoder:
+    """Where a file keeps a text encoder, and under whose names.
+
+    Attributes:
+        unused: layers at its end that the family does without.
+    """
+
+    component: str
+    prefix: str
+    open_clip: bool = False
+    unused: int = 0
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What tells the families apart whose files have these names; `name` is the family's."""
+
+    name: str
+    title: str
+    encoders: tuple[Encoder, ...]
+
+    def template(self, file: str) -> dict[str, Any]:
+        """A file of the real model's configuration, from the package or the zip it runs from."""
+        resource = files("gpu_agent.lora").joinpath("configs", self.name, *file.split("/"))
+        value: dict[str, Any] = json.loads(resource.read_text(encoding="utf-8"))
+        return value
+
+
+SD1 = Layout("sd1", "SD 1.x", (Encoder("text_encoder", "cond_stage_model.transformer."),))
+SD2 = Layout(
+    "sd2", "SD 2.x", (Encoder("text_encoder", "cond_stage_model.model.", open_clip=True, unused=1),)
+)
+SDXL = Layout(
+    "sdxl",
+    "SDXL",
+    (
+        Encoder("text_encoder", "conditioner.embedders.0.transformer."),
+        Encoder("text_encoder_2", "conditioner.embedders.1.model.", open_clip=True),
+    ),
+)
+LAYOUTS = {layout.name: layout for layout in (SD1, SD2, SDXL)}
+
+
+def layout_of(names: Iterable[str]) -> Layout:
+    """The family whose text encoders such a file has. Raises: ModelError, for none's."""
+    text = "\n".join(names)
+    for layout in LAYOUTS.values():
+        if all(encoder.prefix in text for encoder in layout.encoders):
+            return layout
+    raise ModelError("model.family", "this is no Stable Diffusion model: it has no text encoder")
+
+
 def configs(header: Header) -> dict[str, dict[str, Any]]:
     """The diffusers configuration of each component, by the folder that diffusers keeps it in.
 
     Raises:
-        ModelError: the file is no SD 1.x model, or some of it is missing.
+        ModelError: the file is of none of these families, or some of it is missing.
     """
+    layout, shapes = layout_of(header.shapes), header.shapes
     try:
-        found = {
-            "unet": _unet(header.shapes),
-            "vae": _vae(header.shapes),
-            "text_encoder": _text_encoder(_text_shapes(header.shapes)),
+        encoders = {
+            encoder.component: _text_encoder(shapes, encoder, layout) for encoder in layout.encoders
         }
+        found = {"unet": _unet(shapes, layout), "vae": _vae(shapes, layout), **encoders}
     except KeyError as missing:
         raise ModelError(
-            "model.family", f"this is not a complete SD 1.x model: tensor {missing} is missing"
+            "model.family",
+            f"this is not a complete {layout.title} model: tensor {missing} is missing",
         ) from None
-    except (ValueError, IndexError):
-        raise ModelError("model.family", "a tensor has a shape that no SD 1.x model has") from None
-    if found["unet"]["cross_attention_dim"] != found["text_encoder"]["hidden_size"]:
+    except (ValueError, IndexError, StopIteration):
         raise ModelError(
-            "model.family", "denoiser and text encoder do not fit each other (SD 2.x?)"
-        )
+            "model.family", f"a tensor has a shape that no {layout.title} model has"
+        ) from None
+    said = sum(config["hidden_size"] for config in encoders.values())
+    if found["unet"]["cross_attention_dim"] != said:
+        raise ModelError("model.family", "denoiser and text encoders do not fit each other")
     if found["unet"]["in_channels"] != found["vae"]["latent_channels"]:
         raise ModelError(
             "model.family",
             "the denoiser takes more than latents: inpainting models are not trained",
         )
-    scheduler = template("scheduler/scheduler_config.json")
-    if _predicts_velocity(header):
-        scheduler["prediction_type"] = "v_prediction"
-    return {**found, "scheduler": scheduler}
-
-
-def check_file(path: Path) -> str:
-    """Check a single file by its header; returns a fingerprint of names, shapes and size.
-
-    Raises:
-        ModelError: see `read_header` and `configs`.
-    """
-    header = read_header(path)
-    configs(header)
-    said = json.dumps([sorted(header.shapes.items()), path.stat().st_size])
-    return hashlib.sha256(said.encode()).hexdigest()
-
-
-def check_folder(path: Path) -> str:
-    """Check that a diffusers folder is an SD 1.x model and that its weights are whole.
-
-    Raises:
-        ModelError: it is another pipeline, or files are missing or truncated.
-    """
-    try:
-        index = json.loads((path / "model_index.json").read_bytes())
-        kind = index["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ModelError("model.format", f"{path.name} has no readable model_index.json") from None
-    if kind != "StableDiffusionPipeline":
-        raise ModelError("model.family", f"{path.name} is a {kind}, not an SD 1.x model")
-    said = []
-    for component in ("unet", "vae", "text_encoder"):
-        weights = sorted((path / component).glob("*.safetensors"))
-        if not weights:
-            raise ModelError("model.format", f"{path.name}/{component} has no safetensors file")
-        for file in weights:
-            read_header(file)
-            said.append((component, file.name, file.stat().st_size))
-    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
-
-
-def template(name: str) -> dict[str, Any]:
-    """A file of SD 1.5's configuration folder, from the package or the zip it runs from."""
-    resource = files("gpu_agent.lora").joinpath("configs", "sd1", *name.split("/"))
-    value: dict[str, Any] = json.loads(resource.read_text(encoding="utf-8"))
-    return value
+    return {**found, "scheduler": _scheduler(header, layout)}
 
 
 def write_folder(header: Header, target: Path) -> Path:
     """Write the configuration as the folder that `from_single_file(config=...)` asks for."""
-    names = {"unet": "config.json", "vae": "config.json", "text_encoder": "config.json"}
     for component, config in configs(header).items():
         folder = target / component
         folder.mkdir(parents=True, exist_ok=True)
-        name = names.get(component, "scheduler_config.json")
+        name = "scheduler_config.json" if component == "scheduler" else "config.json"
         (folder / name).write_text(json.dumps(config), encoding="utf-8")
-    index = json.dumps(template("model_index.json"))
+    index = json.dumps(layout_of(header.shapes).template("model_index.json"))
     (target / "model_index.json").write_text(index, encoding="utf-8")
     return target
 
 
-def text_tensors(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """The text encoder's part of a file, named as `CLIPTextModel` names it.
+def text_tensors(tensors: Mapping[str, Any], encoder: Encoder) -> dict[str, Any]:
+    """A text encoder's tensors as Hugging Face names them, without the prefix ``text_model.``.
 
-    Old files lack the inner ``text_model.`` prefix, and so does transformers 5 itself.
+    Old files lack that prefix, and so does transformers 5 itself.
     """
-    inner = (
-        (name.removeprefix(TEXT).removeprefix("text_model."), value)
-        for name, value in tensors.items()
-        if name.startswith(TEXT)
-    )
-    return {name: value for name, value in inner if not name.endswith("position_ids")}
+    inner = {
+        name.removeprefix(encoder.prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(encoder.prefix)
+    }
+    if not encoder.open_clip:
+        return {name.removeprefix("text_model."): tensor for name, tensor in inner.items()}
+    said: dict[str, Any] = {}
+    for name, tensor in inner.items():
+        place, _, leaf = name.rpartition(".in_proj_")
+        if place:
+            layer = _open_clip_layer(place)
+            for part, third in zip("qkv", tensor.chunk(3), strict=True):
+                said[f"{layer}.{part}_proj.{leaf}"] = third
+        elif name == _OPEN_CLIP_PROJECTION:
+            # OpenCLIP multiplies by it from the right
+            said["text_projection.weight"] = tensor.T
+        elif name in _OPEN_CLIP_ENDS:
+            said[_OPEN_CLIP_ENDS[name]] = tensor
+        elif name.startswith(_OPEN_CLIP_LAYERS):
+            module, leaf = name.rsplit(".", 1)
+            said[f"{_open_clip_layer(module)}.{leaf}"] = tensor
+    return said
 
 
-def _text_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    return text_tensors(shapes)
+_OPEN_CLIP_LAYERS = "transformer.resblocks."
+_OPEN_CLIP_PROJECTION = "text_projection"
+_OPEN_CLIP_ENDS = {
+    "token_embedding.weight": "embeddings.token_embedding.weight",
+    "positional_embedding": "embeddings.position_embedding.weight",
+    "ln_final.weight": "final_layer_norm.weight",
+    "ln_final.bias": "final_layer_norm.bias",
+}
+_OPEN_CLIP_PARTS = {
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "attn": "self_attn",
+    "attn.out_proj": "self_attn.out_proj",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+}
 
 
-def _unet(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+def _open_clip_layer(module: str) -> str:
+    """``transformer.resblocks.3.mlp.c_fc`` -> ``encoder.layers.3.mlp.fc1``."""
+    number, part = module.removeprefix(_OPEN_CLIP_LAYERS).split(".", 1)
+    return f"encoder.layers.{number}.{_OPEN_CLIP_PARTS[part]}"
+
+
+def open_clip_name(name: str) -> str:
+    """OpenCLIP's name (without prefix) of a Hugging Face text encoder's tensor.
+
+    Not of the queries, keys and values, which OpenCLIP keeps in one.
+    """
+    for theirs, ours in _OPEN_CLIP_ENDS.items():
+        if name == ours:
+            return theirs
+    module, leaf = name.rsplit(".", 1)
+    number, part = module.removeprefix("encoder.layers.").split(".", 1)
+    theirs = next(theirs for theirs, ours in _OPEN_CLIP_PARTS.items() if ours == part)
+    return f"{_OPEN_CLIP_LAYERS}{number}.{theirs}.{leaf}"
+
+
+def _unet(shapes: Mapping[str, tuple[int, ...]], layout: Layout) -> dict[str, Any]:
     blocks = _count(shapes, UNET + "input_blocks.{}.")
     downs = [n for n in range(blocks) if f"{UNET}input_blocks.{n}.0.op.weight" in shapes]
     levels = len(downs) + 1
     layers = (blocks - levels) // levels
-    widths, attends = [], []
+    widths, depths = [], []
     for level in range(levels):
         first = f"{UNET}input_blocks.{level * (layers + 1) + 1}"
         widths.append(shapes[f"{first}.0.in_layers.2.weight"][0])
-        attends.append(f"{first}.1.proj_in.weight" in shapes)
-    context = next(
-        (shape[1] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight")), 0
-    )
-    first_attention = f"{UNET}input_blocks.1.1.proj_in.weight"
-    config = template("unet/config.json")
+        depths.append(_count(shapes, f"{first}.1.transformer_blocks.{{}}."))
+    context = next(shape[1] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight"))
+    config = layout.template("unet/config.json")
     config.update(
         block_out_channels=widths,
         layers_per_block=layers,
         in_channels=shapes[f"{UNET}input_blocks.0.0.weight"][1],
         out_channels=shapes[f"{UNET}out.2.weight"][0],
         cross_attention_dim=context,
-        down_block_types=["CrossAttnDownBlock2D" if yes else "DownBlock2D" for yes in attends],
-        up_block_types=["CrossAttnUpBlock2D" if yes else "UpBlock2D" for yes in reversed(attends)],
+        down_block_types=["CrossAttnDownBlock2D" if deep else "DownBlock2D" for deep in depths],
+        up_block_types=["CrossAttnUpBlock2D" if deep else "UpBlock2D" for deep in reversed(depths)],
     )
-    if len(shapes[first_attention]) == 2:
+    if layout is not SD1:
+        config["attention_head_dim"] = [width // _HEAD for width in widths]
+    if layout is SDXL:
+        config["transformer_layers_per_block"] = [max(1, depth) for depth in depths]
+        # the pooled text beside the six numbers of the framing
+        told = shapes[f"{UNET}label_emb.0.0.weight"][1]
+        pooled = shapes[f"{layout.encoders[1].prefix}{_OPEN_CLIP_PROJECTION}"][1]
+        config["projection_class_embeddings_input_dim"] = told
+        config["addition_time_embed_dim"] = (told - pooled) // 6
+    elif any(name.endswith("proj_in.weight") and len(shape) == 2 for name, shape in shapes.items()):
         config["use_linear_projection"] = True
     return config
 
 
-def _vae(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+def _vae(shapes: Mapping[str, tuple[int, ...]], layout: Layout) -> dict[str, Any]:
     levels = _count(shapes, VAE + "encoder.down.{}.")
     widths = [shapes[f"{VAE}encoder.down.{n}.block.0.conv1.weight"][0] for n in range(levels)]
-    config = template("vae/config.json")
+    config = layout.template("vae/config.json")
     config.update(
         block_out_channels=widths,
         layers_per_block=_count(shapes, VAE + "encoder.down.0.block.{}."),
@@ -229,20 +292,43 @@ def _vae(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     return config
 
 
-def _text_encoder(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    words, width = shapes["embeddings.token_embedding.weight"]
-    config = template("text_encoder/config.json")
+def _text_encoder(
+    shapes: Mapping[str, tuple[int, ...]], encoder: Encoder, layout: Layout
+) -> dict[str, Any]:
+    prefix = encoder.prefix
+    if encoder.open_clip:
+        names = ("token_embedding.weight", "positional_embedding")
+        inside, layer = "mlp.c_fc.weight", f"{prefix}{_OPEN_CLIP_LAYERS}{{}}."
+    else:
+        wrapped = any(name.startswith(f"{prefix}text_model.") for name in shapes)
+        prefix = f"{prefix}text_model." if wrapped else prefix
+        names = ("embeddings.token_embedding.weight", "embeddings.position_embedding.weight")
+        inside, layer = "mlp.fc1.weight", f"{prefix}encoder.layers.{{}}."
+    words, width = shapes[prefix + names[0]]
+    config = layout.template(f"{encoder.component}/config.json")
+    projected = shapes.get(f"{prefix}{_OPEN_CLIP_PROJECTION}", (0, width))[1]
     config.update(
         hidden_size=width,
-        projection_dim=width,
-        intermediate_size=shapes["encoder.layers.0.mlp.fc1.weight"][0],
-        max_position_embeddings=shapes["embeddings.position_embedding.weight"][0],
-        num_attention_heads=max(1, width // _CLIP_HEAD),
-        num_hidden_layers=_count(shapes, "encoder.layers.{}."),
+        intermediate_size=shapes[layer.format(0) + inside][0],
+        max_position_embeddings=shapes[prefix + names[1]][0],
+        num_attention_heads=max(1, width // _HEAD),
+        num_hidden_layers=_count(shapes, layer) - encoder.unused,
         vocab_size=words,
         bos_token_id=words - 2,
         eos_token_id=words - 1,
     )
+    if layout is not SD2:  # whose published configuration has another number, which nobody reads
+        config["projection_dim"] = projected
+    return config
+
+
+def _scheduler(header: Header, layout: Layout) -> dict[str, Any]:
+    config = layout.template("scheduler/scheduler_config.json")
+    if _predicts_velocity(header):
+        config["prediction_type"] = "v_prediction"
+    if "ztsnr" in header.shapes:
+        # no signal at the last level, which sampling then must begin with (arXiv:2305.08891)
+        config.update(rescale_betas_zero_snr=True, timestep_spacing="trailing")
     return config
 
 
@@ -256,7 +342,8 @@ def _count(names: Iterable[str], pattern: str) -> int:
 
 def _predicts_velocity(header: Header) -> bool:
     said = header.metadata.get("modelspec.prediction_type", "")
-    return "v_pred" in header.shapes or said in {"v", "v_prediction"}
+    named = header.metadata.get("modelspec.architecture", "").endswith("-v")
+    return "v_pred" in header.shapes or said in {"v", "v_prediction"} or named
 
 
 # --- names from diffusers back to LDM ---------------------------------------------------------
@@ -275,6 +362,9 @@ _UNET_ENDS = {
     "conv_in": "input_blocks.0.0",
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
+    # SDXL's framing and pooled text
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
 }
 _VAE_ATTENTION = {
     "group_norm": "norm",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,15 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from diffusers.models.attention import BasicTransformerBlock
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from gpu_agent.lora.errors import ModelError
 from gpu_agent.lora.families import ldm, naming
 from gpu_agent.lora.families.base import ATTENTION, Conditions, Model, check_whole, settle
-from gpu_agent.lora.families.clip_words import tokenizer_for
+from gpu_agent.lora.families.clip_words import HUGGING_FACE_PAD, OPEN_CLIP_PAD, tokenizer_for
 from gpu_agent.lora.objective import Diffusion
 from gpu_agent.recipe import Recipe
 
@@ -29,31 +31,57 @@ FULL = [*ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"]
 
 EXPORTS = {naming.KOHYA: naming.kohya}
 
+_ENCODERS = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+#: An SD 2.x file does not say what it predicts. ComfyUI tells by this tensor, whose deviation is
+#: above this in the published models of velocity (`SD20.model_type` of its supported models).
+_TELLTALE = f"{ldm.UNET}output_blocks.11.1.transformer_blocks.0.norm1.bias"
+_VELOCITY_ABOVE = 0.09
 
-class StableDiffusion(Model):
-    """A loaded SD 1.x or 2.x model. Conditions: `text` (n, 77, width)."""
+
+class UNetModel(Model):
+    """What SD 1.x, SD 2.x and SDXL share."""
 
     prefix = "unet"
-    adaptable_encoders = ("text_encoder",)
-    sample_guidance = 7.5
     objective: Diffusion
 
-    def __init__(self, *, tokenizer: Any, **parts: Any) -> None:
+    def __init__(self, *, tokenizers: Mapping[str, Any], **parts: Any) -> None:
         super().__init__(**parts)
-        self.tokenizer = tokenizer
+        self.tokenizers = dict(tokenizers)
 
     def targets(self, preset: str) -> list[str]:
         return FULL if preset == "full" else ATTENTION
 
-    def encode_texts(self, texts: Sequence[str]) -> Conditions:
-        words = self.tokenizer(
+    def blocks(self) -> list[Any]:
+        unet = self.denoiser
+        return [
+            block
+            for part in (unet.down_blocks, unet.mid_block, unet.up_blocks)
+            for block in part.modules()
+            if isinstance(block, BasicTransformerBlock)
+        ]
+
+    def words(self, encoder: str, texts: Sequence[str]) -> Any:
+        """The numbers of the texts' tokens, (n, 77), as this encoder takes them."""
+        tokenizer = self.tokenizers[encoder]
+        found = tokenizer(
             list(texts),
             padding="max_length",
-            max_length=self.tokenizer.model_max_length,
+            max_length=tokenizer.model_max_length,
             truncation=True,
             return_tensors="pt",
-        ).input_ids
-        return {"text": self.text_encoders["text_encoder"](words.to(self.device))[0]}
+        )
+        return found.input_ids.to(self.device)
+
+
+class StableDiffusion(UNetModel):
+    """A loaded SD 1.x or 2.x model. Conditions: `text` (n, 77, width)."""
+
+    adaptable_encoders = ("text_encoder",)
+    sample_guidance = 7.5
+
+    def encode_texts(self, texts: Sequence[str]) -> Conditions:
+        words = self.words("text_encoder", texts)
+        return {"text": self.text_encoders["text_encoder"](words)[0]}
 
     def predict(self, noisy: Any, levels: Any, conditions: Conditions) -> Any:
         return self.denoiser(noisy, self.objective.times(levels), conditions["text"]).sample
@@ -65,84 +93,148 @@ def load(base: Path, work: Path, recipe: Recipe, device: Any, dtype: Any) -> Sta
     Raises:
         ModelError: weights are missing, of the wrong shape, or not finite.
     """
-    try:
-        if base.is_dir():
-            parts, beside = _from_folder(base, dtype), base
-        else:
-            parts, beside = _from_file(base, work / "base_config", dtype), base.parent
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise ModelError("model.unreadable", f"{base.name} cannot be loaded: {error}") from error
-    unet, vae, text_encoder, scheduler = parts
-    for part in (unet, vae, text_encoder):
-        check_whole(base, part)
-        settle(part)
-    config = text_encoder.config
-    model = StableDiffusion(
-        denoiser=unet.to(device),
-        vae=vae.to(device),
-        text_encoders={"text_encoder": text_encoder.to(device)},
-        tokenizer=tokenizer_for(config.vocab_size, config.max_position_embeddings, beside),
-        objective=Diffusion(scheduler.config, recipe.prediction, device),
-        device=device,
-    )
-    model.freeze()
+    model: StableDiffusion = read(base, work, dtype).model(StableDiffusion, recipe, device)
     return model
 
 
 def pipeline(base: Path, work: Path) -> Any:
     """The base as users of diffusers load it."""
-    if base.is_dir():
-        return StableDiffusionPipeline.from_pretrained(
-            base, local_files_only=True, safety_checker=None
+    return diffusers_pipeline(StableDiffusionPipeline, base, work, safety_checker=None)
+
+
+# --- what all families with LDM's files share -------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The components of a base on the CPU; `scheduler` is its configuration."""
+
+    base: Path
+    unet: Any
+    vae: Any
+    encoders: Mapping[str, Any]
+    scheduler: Mapping[str, Any]
+
+    def model(self, kind: type[UNetModel], recipe: Recipe, device: Any) -> Any:
+        for part in (self.unet, self.vae, *self.encoders.values()):
+            check_whole(self.base, part)
+            settle(part)
+        beside = self.base if self.base.is_dir() else self.base.parent
+        model = kind(
+            denoiser=self.unet.to(device),
+            vae=self.vae.to(device),
+            text_encoders={name: part.to(device) for name, part in self.encoders.items()},
+            tokenizers={
+                name: _tokenizer(name, part.config.to_dict(), beside)
+                for name, part in self.encoders.items()
+            },
+            objective=Diffusion(self.scheduler, recipe.prediction, device),
+            device=device,
         )
+        model.freeze()
+        return model
+
+
+def read(base: Path, work: Path, dtype: Any) -> Parts:
+    """Read a single file or a diffusers folder; the UNet in `dtype`, what is used once in fp32.
+
+    Raises:
+        ModelError: weights are missing or of the wrong shape.
+    """
+    try:
+        if base.is_dir():
+            return _from_folder(base, dtype)
+        return _from_file(base, work / "base_config", dtype)
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise ModelError("model.unreadable", f"{base.name} cannot be loaded: {error}") from error
+
+
+def diffusers_pipeline(kind: Any, base: Path, work: Path, **more: Any) -> Any:
+    """The base as a pipeline of this class."""
+    if base.is_dir():
+        return kind.from_pretrained(base, local_files_only=True, **more)
     header = ldm.read_header(base)
-    text = ldm.configs(header)["text_encoder"]
-    return StableDiffusionPipeline.from_single_file(
-        str(base),
-        config=str(ldm.write_folder(header, work)),
-        tokenizer=tokenizer_for(text["vocab_size"], text["max_position_embeddings"], base.parent),
-        local_files_only=True,
-        safety_checker=None,
+    configs = ldm.configs(header)
+    tokenizers = {
+        name.replace("text_encoder", "tokenizer"): _tokenizer(name, config, base.parent)
+        for name, config in configs.items()
+        if name.startswith("text_encoder")
+    }
+    config = str(ldm.write_folder(header, work))
+    # diffusers knows how many layers SD 2.x does without only for the real one
+    encoders = _file_encoders(config, load_file(base)) if _is_sd2(header) else {}
+    return kind.from_single_file(
+        str(base), config=config, local_files_only=True, **tokenizers, **encoders, **more
     )
 
 
-def _from_file(base: Path, configs: Path, dtype: Any) -> tuple[Any, Any, Any, Any]:
-    folder = str(ldm.write_folder(ldm.read_header(base), configs))
+def _is_sd2(header: ldm.Header) -> bool:
+    return ldm.layout_of(header.shapes) is ldm.SD2
+
+
+def _tokenizer(encoder: str, config: Mapping[str, Any], beside: Path) -> Any:
+    # OpenAI's CLIP is told from OpenCLIP's by its activation
+    openai = config["hidden_act"] == "quick_gelu"
+    return tokenizer_for(
+        config["vocab_size"],
+        config["max_position_embeddings"],
+        beside,
+        folder=encoder.replace("text_encoder", "tokenizer"),
+        pad=HUGGING_FACE_PAD if openai else OPEN_CLIP_PAD,
+    )
+
+
+def _from_file(base: Path, configs: Path, dtype: Any) -> Parts:
+    header = ldm.read_header(base)
+    folder = str(ldm.write_folder(header, configs))
     tensors = load_file(base)
     ours = {"config": folder, "local_files_only": True}
-    unet = UNet2DConditionModel.from_single_file(
-        tensors, subfolder="unet", torch_dtype=dtype, **ours
-    )
-    vae = AutoencoderKL.from_single_file(
-        tensors, subfolder="vae", torch_dtype=torch.float32, **ours
-    )
-    text_encoder = CLIPTextModel(CLIPTextConfig.from_pretrained(folder, subfolder="text_encoder"))
-    _fill(text_encoder, ldm.text_tensors(tensors))
-    scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
-    return unet, vae, text_encoder, scheduler
-
-
-def _fill(text_encoder: Any, tensors: dict[str, Any]) -> None:
-    # transformers 4 says text_model.…, transformers 5 does not
-    wrapped = any(name.startswith("text_model.") for name in text_encoder.state_dict())
-    prefix = "text_model." if wrapped else ""
-    text_encoder.load_state_dict(
-        {prefix + name: tensor.float() for name, tensor in tensors.items()}, strict=True
+    scheduler = dict(DDIMScheduler.from_pretrained(folder, subfolder="scheduler").config)
+    if _is_sd2(header) and float(tensors[_TELLTALE].float().std()) > _VELOCITY_ABOVE:
+        scheduler["prediction_type"] = "v_prediction"
+    return Parts(
+        base=base,
+        unet=UNet2DConditionModel.from_single_file(
+            tensors, subfolder="unet", torch_dtype=dtype, **ours
+        ),
+        vae=AutoencoderKL.from_single_file(
+            tensors, subfolder="vae", torch_dtype=torch.float32, **ours
+        ),
+        encoders=_file_encoders(folder, tensors),
+        scheduler=scheduler,
     )
 
 
-def _from_folder(base: Path, dtype: Any) -> tuple[Any, Any, Any, Any]:
+def _file_encoders(folder: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    found = {}
+    for encoder in ldm.layout_of(tensors).encoders:
+        config = CLIPTextConfig.from_pretrained(folder, subfolder=encoder.component)
+        part = _ENCODERS[encoder.component](config)
+        said = ldm.text_tensors(tensors, encoder)
+        # transformers 4 says text_model.…, transformers 5 does not everywhere
+        wanted = {name: name.removeprefix("text_model.") for name in part.state_dict()}
+        part.load_state_dict({name: said[plain].float() for name, plain in wanted.items()})
+        found[encoder.component] = part
+    return found
+
+
+def _from_folder(base: Path, dtype: Any) -> Parts:
     whole = {"local_files_only": True, "torch_dtype": torch.float32}
-    text_encoder, told = CLIPTextModel.from_pretrained(
-        base, subfolder="text_encoder", output_loading_info=True, **whole
-    )
-    if told["missing_keys"]:
-        raise ValueError(f"the text encoder lacks {sorted(told['missing_keys'])[:3]}")
-    return (
-        UNet2DConditionModel.from_pretrained(
+    encoders = {}
+    for name, kind in _ENCODERS.items():
+        if not (base / name).is_dir():
+            continue
+        encoders[name], told = kind.from_pretrained(
+            base, subfolder=name, output_loading_info=True, **whole
+        )
+        if told["missing_keys"]:
+            raise ValueError(f"the {name} lacks {sorted(told['missing_keys'])[:3]}")
+    return Parts(
+        base=base,
+        unet=UNet2DConditionModel.from_pretrained(
             base, subfolder="unet", local_files_only=True, torch_dtype=dtype
         ),
-        AutoencoderKL.from_pretrained(base, subfolder="vae", **whole),
-        text_encoder,
-        DDIMScheduler.from_pretrained(base, subfolder="scheduler"),
+        vae=AutoencoderKL.from_pretrained(base, subfolder="vae", **whole),
+        encoders=encoders,
+        scheduler=dict(DDIMScheduler.from_pretrained(base, subfolder="scheduler").config),
     )

@@ -7,6 +7,7 @@ import pytest
 from gpu_agent.lora.errors import ModelError
 from gpu_agent.lora.families import clip_words, ldm
 
+TEXT = ldm.SD1.encoders[0].prefix
 SD15_WIDTHS = (320, 640, 1280, 1280)
 
 
@@ -31,7 +32,7 @@ def sd15_header():
         for layer in range(2):
             name = f"{ldm.VAE}encoder.down.{level}.block.{layer}.conv1.weight"
             shapes[name] = (width, width, 3, 3)
-    text = f"{ldm.TEXT}text_model."
+    text = f"{TEXT}text_model."
     shapes[f"{text}embeddings.token_embedding.weight"] = (49408, 768)
     shapes[f"{text}embeddings.position_embedding.weight"] = (77, 768)
     shapes[f"{text}embeddings.position_ids"] = (1, 77)
@@ -49,14 +50,34 @@ def write(path: Path, entries: object, body: bytes = b"") -> Path:
 def test_a_real_sd15_file_gives_exactly_the_sd15_configuration():
     found = ldm.configs(sd15_header())
     for component in ("unet", "vae", "text_encoder"):
-        assert found[component] == ldm.template(f"{component}/config.json")
-    assert found["scheduler"] == ldm.template("scheduler/scheduler_config.json")
+        assert found[component] == ldm.SD1.template(f"{component}/config.json")
+    assert found["scheduler"] == ldm.SD1.template("scheduler/scheduler_config.json")
 
 
 def test_a_file_that_predicts_velocity_says_so():
     header = sd15_header()
     marked = ldm.Header({**header.shapes, "v_pred": (0,)}, {})
     assert ldm.configs(marked)["scheduler"]["prediction_type"] == "v_prediction"
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("modelspec.prediction_type", "v"),
+        ("modelspec.architecture", "stable-diffusion-v2-768-v"),
+    ],
+)
+def test_a_file_whose_notes_speak_of_velocity_predicts_it(key, said):
+    noted = ldm.Header(sd15_header().shapes, {key: said})
+    assert ldm.configs(noted)["scheduler"]["prediction_type"] == "v_prediction"
+
+
+def test_a_file_without_signal_at_the_last_level_is_sampled_from_there():
+    header = sd15_header()
+    marked = ldm.Header({**header.shapes, "v_pred": (0,), "ztsnr": (0,)}, {})
+    scheduler = ldm.configs(marked)["scheduler"]
+    assert scheduler["rescale_betas_zero_snr"]
+    assert scheduler["timestep_spacing"] == "trailing"
 
 
 def test_old_names_of_the_text_encoder_are_understood():
@@ -78,13 +99,14 @@ def changed(name, shape):
     "header",
     [
         ldm.Header({}, {}),
+        ldm.Header({f"{TEXT}text_model.embeddings.position_ids": (1, 77)}, {}),
         ldm.Header({"lora_unet_mid_block.alpha": ()}, {}),
         without("first_stage_model"),
         without("cond_stage_model"),
         without("diffusion_model"),
         changed(f"{ldm.UNET}input_blocks.0.0.weight", (320, 9, 3, 3)),
         changed(f"{ldm.UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight", (320, 1024)),
-        changed(f"{ldm.TEXT}text_model.embeddings.token_embedding.weight", (49408,)),
+        changed(f"{TEXT}text_model.embeddings.token_embedding.weight", (49408,)),
     ],
 )
 def test_what_is_no_whole_sd1_model_is_refused(header):

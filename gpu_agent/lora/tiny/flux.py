@@ -1,0 +1,45 @@
+"""A very small FLUX.1 dev: a diffusers folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+
+from gpu_agent.lora.families.clip_words import BYTE_WORDS, tokenizer_for
+from gpu_agent.lora.tiny import parts
+
+#: Channels of a head, of which 4, 14 and 14 say where a token is.
+_HEAD = 32
+_HEADS = 2
+_CLIP, _T5 = 32, 64
+_POSITIONS = 77
+_LONGEST = 512
+
+
+def write(out: Path, seed: int) -> None:
+    """Write the model; the folder appears whole or not at all."""
+    words = parts.t5_tokenizer(_LONGEST)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        pipeline = FluxPipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+            vae=parts.vae(scaling=0.3611, shift=0.1159),
+            text_encoder=parts.clip(_CLIP),
+            tokenizer=tokenizer_for(BYTE_WORDS, _POSITIONS, out.parent),
+            text_encoder_2=parts.t5(_T5, len(words)),
+            tokenizer_2=words,
+            transformer=FluxTransformer2DModel(
+                in_channels=64,
+                num_layers=1,
+                num_single_layers=2,
+                attention_head_dim=_HEAD,
+                num_attention_heads=_HEADS,
+                joint_attention_dim=_T5,
+                pooled_projection_dim=_CLIP,
+                guidance_embeds=True,
+                axes_dims_rope=(4, 14, 14),
+            ),
+        )
+    parts.write(pipeline, out)

@@ -1,0 +1,29 @@
+"""A very small SD 2.x model of velocity."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gpu_agent.lora.families import ldm
+from gpu_agent.lora.tiny import latent_diffusion
+
+#: Multiples of 64 (attention heads).
+UNET_WIDTHS = (64, 64, 64, 64)
+TEXT_WIDTH = 64
+
+
+def write(out: Path, seed: int) -> None:
+    """Write the model; a file appears whole or not at all."""
+    latent_diffusion.write(
+        out,
+        seed,
+        ldm.SD2,
+        unet={
+            "block_out_channels": UNET_WIDTHS,
+            "attention_head_dim": [width // 64 for width in UNET_WIDTHS],
+            "cross_attention_dim": TEXT_WIDTH,
+        },
+        encoders={"text_encoder": TEXT_WIDTH},
+        metadata={"modelspec.architecture": "stable-diffusion-v2-768-v"},
+        prediction="v_prediction",
+    )
