@@ -1,29 +1,42 @@
-"""Images and captions: which there are, what they say, and into which shape each is cut."""
+"""Which images are trained on, what they are called, and into which shape each is cut.
+
+::
+
+    images/                  any folders below it, but for these:
+        a.jpg                a picture of the subject
+        a.txt                its caption (see `captions`)
+        a.mask.png           for `masked_loss`: white counts, black does not
+        regularization/      pictures of the subject's class, for prior preservation
+"""
 
 from __future__ import annotations
 
 import hashlib
 import math
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps, UnidentifiedImageError
-
+from gpu_agent.lora import images
+from gpu_agent.lora.captions import METADATA, Captions, template
 from gpu_agent.lora.errors import DatasetError
 from gpu_agent.recipe import Recipe
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
 #: Fewer images than this are all used for training and for validation.
 LEAST_FOR_HOLD_OUT = 8
+#: Where the images of the subject's class are.
+REGULARIZATION = "regularization"
+MASK = ".mask.png"
+_CLUTTER = frozenset({"__MACOSX", "Thumbs.db", "desktop.ini"})
 #: No bucket is longer than this many times its width.
 _LONGEST = 2.0
-#: EXIF orientations that exchange width and height.
-_EXIF_ORIENTATION = 0x0112
-_TURNED = frozenset({5, 6, 7, 8})
+#: An image that must be enlarged more than this is refused, one above the other is warned of.
+_MOST_ENLARGED = 4.0
+_ENLARGED = 1.25
+#: Files that one message names.
+_NAMED = 5
 
 #: Width and height of a training image, in pixels.
 Bucket = tuple[int, int]
@@ -34,8 +47,9 @@ class Picture:
     """An image as it will be trained on.
 
     Attributes:
-        digest: the SHA-256 of the file, in hex.
+        digest: the SHA-256 of the file (and of its mask), in hex.
         size: width and height in pixels, upright, before it is cut to its bucket.
+        mask: the file that says what of it counts: its mask, or itself for its alpha channel.
     """
 
     path: Path
@@ -43,6 +57,7 @@ class Picture:
     caption: str
     size: tuple[int, int]
     bucket: Bucket
+    mask: Path | None = None
 
     def pixels(self) -> Any:
         """The image, cut to its bucket, as an RGB `PIL.Image`.
@@ -50,12 +65,40 @@ class Picture:
         Raises:
             DatasetError: the file ends too early or is broken inside.
         """
+        return images.rgb(self.path, self.bucket)
+
+    def counting(self) -> Any:
+        """Its mask, cut as the image is, as a grey `PIL.Image`; None where it has none.
+
+        Raises:
+            DatasetError: `dataset.mask`: it cannot be read, or is all black there.
+        """
+        if self.mask is None:
+            return None
         try:
-            with _open(self.path) as image:
-                upright = ImageOps.exif_transpose(image)
-                return ImageOps.fit(_on_white(upright), self.bucket, Image.Resampling.LANCZOS)
-        except (OSError, ValueError, SyntaxError, EOFError) as error:
-            raise _broken(self.path, error) from None
+            cut = images.grey(self.mask, self.bucket, alpha=self.mask == self.path)
+        except DatasetError as error:
+            raise DatasetError("dataset.mask", str(error)) from None
+        if cut.getextrema() == (0, 0):
+            raise DatasetError(
+                "dataset.mask", f"by {self.mask.name} nothing of {self.path.name} is trained on"
+            )
+        return cut
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What was found in a folder.
+
+    Attributes:
+        pictures: of the subject.
+        regularization: of its class.
+        warnings: what a customer should know of, but may want.
+    """
+
+    pictures: tuple[Picture, ...]
+    regularization: tuple[Picture, ...]
+    warnings: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -70,32 +113,169 @@ class Split:
     label: str
 
 
-def collect(folder: Path, recipe: Recipe) -> list[Picture]:
+def collect(folder: Path, recipe: Recipe) -> Dataset:
     """All images below `folder`, in the order of their names. Reads headers, decodes nothing.
 
     Raises:
-        DatasetError: `dataset.empty`, `dataset.image` or `dataset.caption`, naming the file.
+        DatasetError: `dataset.empty`, `dataset.image`, `dataset.small`, `dataset.caption` or
+            `dataset.mask`, naming the files.
     """
-    shapes = buckets(recipe.resolution)
-    found = [
+    files = [
         path
         for path in sorted(folder.rglob("*"))
-        if path.suffix.lower() in SUFFIXES and path.is_file() and not _is_clutter(path, folder)
+        if path.is_file() and not _is_clutter(path, folder)
     ]
-    if not found:
-        raise DatasetError("dataset.empty", f"there is no image in {folder.name}")
-    return [_picture(path, shapes, recipe) for path in found]
+    return _Collector(folder, files, recipe).collect()
 
 
-def _picture(path: Path, shapes: Sequence[Bucket], recipe: Recipe) -> Picture:
-    size = _size(path)
-    return Picture(
-        path=path,
-        digest=hashlib.sha256(path.read_bytes()).hexdigest(),
-        caption=caption_of(path, recipe),
-        size=size,
-        bucket=nearest(shapes, *size),
-    )
+class _Collector:
+    """Looks at each file once; what is odd but usable becomes a warning."""
+
+    def __init__(self, folder: Path, files: Sequence[Path], recipe: Recipe) -> None:
+        self._folder, self._recipe = folder, recipe
+        self._shapes = buckets(recipe.resolution)
+        self._captions = Captions(files, recipe)
+        self._masks = {path for path in files if path.name.lower().endswith(MASK)}
+        self._images = [
+            path
+            for path in files
+            if path.suffix.lower() in images.SUFFIXES and path not in self._masks
+        ]
+        self._written = {path: self._captions.of(path) for path in self._images}
+        self._others = [
+            path
+            for path in files
+            if path.suffix.lower() not in {*images.SUFFIXES, ".txt"}
+            and path.name.lower() != METADATA
+        ]
+        self._seen: dict[str, Path] = {}
+        self._notes: dict[str, list[str]] = {}
+
+    def collect(self) -> Dataset:
+        foreign = [path for path in self._others if path.suffix.lower() in images.FOREIGN]
+        if foreign:
+            kinds = ", ".join(sorted({path.suffix[1:].upper() for path in foreign}))
+            raise DatasetError(
+                "dataset.image",
+                f"{kinds} is not read here; save as JPEG or PNG: {_some(map(_name, foreign))}",
+            )
+        of_class = [path for path in self._images if self._is_of_class(path)]
+        subject = [path for path in self._images if not self._is_of_class(path)]
+        if not subject:
+            beside = f" beside those of {REGULARIZATION}" if of_class else ""
+            raise DatasetError("dataset.empty", f"there is no image in {self._folder.name}{beside}")
+        pictures = [picture for path in subject if (picture := self._picture(path))]
+        regularization = [picture for path in of_class if (picture := self._picture(path))]
+        self._refuse_small([*pictures, *regularization])
+        self._note_unused([*pictures, *regularization])
+        told = tuple(f"{what}: {_some(which)}" for what, which in self._notes.items())
+        return Dataset(tuple(pictures), tuple(regularization), told + self._said(pictures))
+
+    def _picture(self, path: Path) -> Picture | None:
+        """None for a picture that was there already."""
+        seen = images.look(path)
+        mask = self._mask_of(path, seen) if self._recipe.masked_loss else None
+        hashed = hashlib.sha256(path.read_bytes())
+        if mask not in (None, path):
+            hashed.update(mask.read_bytes())
+        digest = hashed.hexdigest()
+        if digest in self._seen:
+            twin = f"{path.name} (as {self._seen[digest].name})"
+            self._note("the same picture twice is trained on once", twin)
+            return None
+        self._seen[digest] = path
+        if seen.animated:
+            self._note("of several frames the first is trained on", path.name)
+        return Picture(
+            path=path,
+            digest=digest,
+            caption=self._caption_of(path),
+            size=seen.size,
+            bucket=nearest(self._shapes, *seen.size),
+            mask=mask,
+        )
+
+    def _mask_of(self, path: Path, seen: images.Look) -> Path | None:
+        beside = path.with_suffix(MASK)
+        if beside not in self._masks:
+            if not seen.transparent and not self._is_of_class(path):
+                self._note("without a mask all of an image is trained on", path.name)
+            return path if seen.transparent else None
+        try:
+            size = images.look(beside).size
+        except DatasetError as error:
+            raise DatasetError("dataset.mask", str(error)) from None
+        if size != seen.size:
+            raise DatasetError(
+                "dataset.mask",
+                f"{beside.name} is {_times(size)}, but {path.name} is {_times(seen.size)} pixels",
+            )
+        return beside
+
+    def _caption_of(self, path: Path) -> str:
+        if written := self._written[path]:
+            return written
+        if not self._is_of_class(path):
+            called = template(self._recipe)
+            self._note(f"no caption, so called {called!r}", path.name)
+            return called
+        if not self._recipe.prior_prompt:
+            raise DatasetError(
+                "dataset.caption",
+                f"{REGULARIZATION}/{path.name} has no caption; the recipe's prior_prompt would be "
+                "that of all of them",
+            )
+        return self._recipe.prior_prompt
+
+    def _refuse_small(self, pictures: Sequence[Picture]) -> None:
+        enlarged = {picture: _enlarged(picture) for picture in pictures}
+        small = [picture for picture, times in enlarged.items() if times > _MOST_ENLARGED]
+        if small:
+            said = _some(
+                f"{picture.path.name} is {_times(picture.size)} and needs {_times(_least(picture))}"
+                for picture in small
+            )
+            raise DatasetError(
+                "dataset.small",
+                f"too small for a resolution of {self._recipe.resolution}: {said}",
+            )
+        for picture, times in enlarged.items():
+            if times > _ENLARGED:
+                self._note(
+                    "smaller than they are trained at, so they are enlarged",
+                    f"{picture.path.name} ({_times(picture.size)})",
+                )
+
+    def _note_unused(self, pictures: Sequence[Picture]) -> None:
+        used = {picture.mask for picture in pictures}
+        for path in self._others:
+            self._note("not read", path.name)
+        for name in self._captions.without_image(self._images):
+            self._note("captions without an image", name)
+        for path in sorted(self._masks - used):
+            why = "without an image" if self._recipe.masked_loss else "but masked_loss is off"
+            self._note(f"masks {why}", path.name)
+
+    def _said(self, pictures: Sequence[Picture]) -> tuple[str, ...]:
+        """What is odd about the recipe, given these pictures."""
+        recipe, said = self._recipe, []
+        trigger = recipe.trigger.lower()
+        if not trigger and not any(self._written[picture.path] for picture in pictures):
+            said.append(
+                "neither captions nor a trigger word: nothing in a prompt will call the subject"
+            )
+        if trigger and not any(trigger in picture.caption.lower() for picture in pictures):
+            said.append(f"no caption has the trigger word {recipe.trigger!r}")
+        of_class = any(map(self._is_of_class, self._images))
+        if recipe.prior_prompt and not recipe.prior_images and not of_class:
+            said.append(f"prior_prompt needs prior_images or a folder {REGULARIZATION}: not used")
+        return tuple(said)
+
+    def _is_of_class(self, path: Path) -> bool:
+        return path.relative_to(self._folder).parts[0].lower() == REGULARIZATION
+
+    def _note(self, what: str, which: str) -> None:
+        self._notes.setdefault(what, []).append(which)
 
 
 def split(pictures: Sequence[Picture], recipe: Recipe) -> Split:
@@ -111,25 +291,6 @@ def split(pictures: Sequence[Picture], recipe: Recipe) -> Split:
     held = sorted(everything, key=draw)[:count]
     train = tuple(picture for picture in everything if picture not in held)
     return Split(train, tuple(held), "held-out")
-
-
-def caption_of(image: Path, recipe: Recipe) -> str:
-    """The caption file beside an image, or the template; `{trigger}` is replaced in both.
-
-    Raises:
-        DatasetError: the caption file is not UTF-8.
-    """
-    file = image.with_suffix(".txt")
-    try:
-        written = " ".join(file.read_text(encoding="utf-8-sig").split()) if file.is_file() else ""
-    except UnicodeDecodeError:
-        raise DatasetError("dataset.caption", f"{file.name} is not UTF-8 text") from None
-    return written.replace("{trigger}", recipe.trigger) or template_caption(recipe)
-
-
-def template_caption(recipe: Recipe) -> str:
-    """What an image without a caption file is called."""
-    return recipe.caption_template.replace("{trigger}", recipe.trigger).strip()
 
 
 def distinct(parts: Split) -> list[Picture]:
@@ -172,38 +333,30 @@ def count_buckets(pictures: Iterable[Picture]) -> dict[str, int]:
     return dict(sorted(counted.items()))
 
 
-def _open(path: Path) -> Image.Image:
-    # A bomb's warning is an error here: nobody trains on 90 megapixels by intention.
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        return Image.open(path)
+def _enlarged(picture: Picture) -> float:
+    return max(picture.bucket[0] / picture.size[0], picture.bucket[1] / picture.size[1])
 
 
-def _size(path: Path) -> tuple[int, int]:
-    try:
-        with _open(path) as image:
-            width, height = image.size
-            turned = image.getexif().get(_EXIF_ORIENTATION) in _TURNED
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise DatasetError("dataset.image", f"{path.name} has too many pixels") from None
-    except UnidentifiedImageError:
-        raise DatasetError("dataset.image", f"{path.name} is not an image") from None
-    except (OSError, ValueError, SyntaxError, EOFError) as error:
-        raise _broken(path, error) from None
-    return (height, width) if turned else (width, height)
+def _least(picture: Picture) -> tuple[int, int]:
+    """The size from which a picture of its bucket is taken."""
+    width, height = (math.ceil(side / _MOST_ENLARGED) for side in picture.bucket)
+    return width, height
 
 
-def _broken(path: Path, error: Exception) -> DatasetError:
-    return DatasetError("dataset.image", f"{path.name} cannot be read as an image: {error}")
+def _times(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"
 
 
-def _on_white(image: Image.Image) -> Image.Image:
-    if image.mode in {"RGBA", "LA", "PA"} or "transparency" in image.info:
-        colours = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), colours).convert("RGB")
-    return image.convert("RGB")
+def _name(path: Path) -> str:
+    return path.name
+
+
+def _some(names: Iterable[str]) -> str:
+    listed = list(names)
+    more = f" and {len(listed) - _NAMED} more" if len(listed) > _NAMED else ""
+    return ", ".join(listed[:_NAMED]) + more
 
 
 def _is_clutter(path: Path, folder: Path) -> bool:
     parts = path.relative_to(folder).parts
-    return any(part.startswith(".") or part == "__MACOSX" for part in parts)
+    return any(part.startswith(".") or part in _CLUTTER for part in parts)

@@ -42,6 +42,7 @@ class _Case:
     shape: tuple[int, ...]
     latents: Any
     conditions: Conditions
+    mask: Any
     noise: Any
     level: Any
 
@@ -91,6 +92,9 @@ class Evaluator:
                 move([case.noise for case in cases], self._device),
                 move([case.level for case in cases], self._device),
                 move_conditions([case.conditions for case in cases], self._device),
+                None
+                if cases[0].mask is None
+                else move([case.mask for case in cases], self._device),
             )
 
 
@@ -105,7 +109,14 @@ def _cases(model: Model, sample: Sample, density: Density, seed: int) -> list[_C
         place = draws.generator(seed, "validation", sample.digest, number)
         noise = torch.randn(latents.shape, generator=place)
         cases += [
-            _Case(tuple(latents.shape), latents, sample.conditions[0], sign * noise, level)
+            _Case(
+                shape=tuple(latents.shape),
+                latents=latents,
+                conditions=sample.conditions[0],
+                mask=None if sample.mask is None else sample.mask[0],
+                noise=sign * noise,
+                level=level,
+            )
             for sign in (1, -1)
         ]
     return cases

@@ -183,16 +183,23 @@ class Loop:
         mirrored = torch.rand(size, generator=place).tolist()
         dropped = torch.rand(size, generator=place).tolist()
         quantiles = torch.rand(size, generator=place)
-        moments = [
-            sample.moments[1 if recipe.flip and luck < 0.5 else 0]
-            for sample, luck in zip(batch, mirrored, strict=True)
+        said = torch.rand(size, generator=place).tolist()
+        views = [1 if recipe.flip and luck < 0.5 else 0 for luck in mirrored]
+        moments = [sample.moments[view] for sample, view in zip(batch, views, strict=True)]
+        conditions = [
+            sample.conditions[int(luck * len(sample.conditions))]
+            for sample, luck in zip(batch, said, strict=True)
         ]
         conditions = [
-            {**sample.conditions[0], **self._empty}
-            if luck < recipe.caption_dropout
-            else sample.conditions[0]
-            for sample, luck in zip(batch, dropped, strict=True)
+            {**told, **self._empty} if luck < recipe.caption_dropout else told
+            for told, luck in zip(conditions, dropped, strict=True)
         ]
+        mask = None
+        if recipe.masked_loss:
+            mask = move(
+                [sample.mask[view] for sample, view in zip(batch, views, strict=True)],
+                self._device,
+            )
         channels, *sides = moments[0].shape
         drawn = torch.randn((2, size, channels // 2, *sides), generator=place)
         spread, noise = move(list(drawn), self._device)
@@ -201,7 +208,7 @@ class Loop:
         (levels,) = move([self._density.levels(quantiles, width * height)], self._device)
         with self._accelerator.autocast():
             losses = self._model.losses(
-                latents, noise, levels, move_conditions(conditions, self._device)
+                latents, noise, levels, move_conditions(conditions, self._device), mask
             )
         return (losses * self._model.objective.weights(levels, recipe)).mean()
 

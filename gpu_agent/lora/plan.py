@@ -12,12 +12,20 @@ from gpu_agent.lora.job import Job
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be trained on what. `base_digest` tells base models apart."""
+    """What will be trained on what.
+
+    Attributes:
+        base_digest: tells base models apart.
+        regularization: images of the subject's class.
+        warnings: what the customer should know of.
+    """
 
     job: Job
     family: Family
     base_digest: str
     split: data.Split
+    regularization: tuple[data.Picture, ...]
+    warnings: tuple[str, ...]
 
 
 def make(job: Job) -> Plan:
@@ -29,5 +37,12 @@ def make(job: Job) -> Plan:
     if not job.images_dir.is_dir():
         raise JobError("job.invalid", f"images_dir {job.images_dir.name} is no folder")
     chosen = family(job.base_family)
-    pictures = data.collect(job.images_dir, job.recipe)
-    return Plan(job, chosen, chosen.check(job.base_file), data.split(pictures, job.recipe))
+    found = data.collect(job.images_dir, job.recipe)
+    return Plan(
+        job=job,
+        family=chosen,
+        base_digest=chosen.check(job.base_file),
+        split=data.split(found.pictures, job.recipe),
+        regularization=found.regularization,
+        warnings=found.warnings,
+    )

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from gpu_agent.lora import checkpoint, curve, data, export
+from gpu_agent.lora import captions, checkpoint, curve, data, export
 from gpu_agent.lora.adapter import Adapter
-from gpu_agent.lora.cache import Cache
+from gpu_agent.lora.cache import Cache, origin_of
 from gpu_agent.lora.errors import JobError
 from gpu_agent.lora.evaluate import Evaluator
 from gpu_agent.lora.loop import Loop
@@ -27,7 +27,13 @@ from gpu_agent.recipe import Recipe
 _log = logging.getLogger(__name__)
 
 #: Recipe keys that may change between two attempts: the weights do not depend on them.
-_BESIDE_THE_WEIGHTS = {"checkpoint_s", "keep_checkpoints", "sample_prompts", "sample_every"}
+_BESIDE_THE_WEIGHTS = {
+    "cache",
+    "checkpoint_s",
+    "keep_checkpoints",
+    "sample_every",
+    "sample_prompts",
+}
 _MODES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
 
 
@@ -53,18 +59,26 @@ def _train(plan: Plan, events: Events, orders: Orders) -> bool:
     dtype = _MODES[accelerator.mixed_precision]
     with pulse.watched("loading", mebibytes_touched):
         model = plan.family.load(job.base_file, job.work_dir, job.recipe, accelerator.device, dtype)
-    texts = Cache(model)
+    origin = origin_of(
+        job.base_file,
+        plan.family.name,
+        job.recipe.base_precision,
+        accelerator.mixed_precision,
+        accelerator.device.type,
+    )
+    cache = Cache(model, job.recipe, job.work_dir / "cache", origin)
     pictures = data.distinct(plan.split)
+    cache.expect(pictures)
     samples = {}
     for number, picture in enumerate(pictures):
         pulse.beat("caching", number, len(pictures))
-        samples[picture.digest] = texts.sample(picture, flip=job.recipe.flip)
-    prompts = job.recipe.sample_prompts or (data.template_caption(job.recipe),)
+        samples[picture.digest] = cache.sample(picture)
+    prompts = job.recipe.sample_prompts or (captions.template(job.recipe),)
     prompt_texts = {}
     for number, prompt in enumerate(prompts):
         pulse.beat("encoding", number, len(prompts))
-        prompt_texts[prompt] = texts.text(prompt)
-    empty = texts.text("")
+        prompt_texts[prompt] = cache.text(prompt)
+    empty = cache.text("")
     model.release_encoders()
     adapter = Adapter(model, job.recipe)
     painter = Painter(
@@ -111,6 +125,7 @@ def _train(plan: Plan, events: Events, orders: Orders) -> bool:
         label=plan.split.label,
         step=loop.step,
         resume_refused=refused,
+        warnings=plan.warnings,
         device=accelerator.device.type,
         precision=accelerator.mixed_precision,
     )
