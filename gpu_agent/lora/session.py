@@ -153,6 +153,7 @@ def _finish(
         family=plan.family,
         recipe=plan.job.recipe,
         configs=adapter.configs,
+        pictures=plan.split.train,
         steps=best,
     )
     files += curve.write(folder, loop.history(), loop.validations)
