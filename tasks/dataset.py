@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import io
+import json
 import re
 import stat
 import struct
@@ -40,7 +41,13 @@ MAX_ENTRIES = 10_000
 MAX_BYTES = 5 * 2**30
 MAX_RATIO = 100
 MAX_CAPTION = 8_192
+MAX_LIST = 32 << 20
 MAX_DIRECTORY = 4 << 20
+#: The trainer's names for an image's mask, and for the folder of images of the subject's class.
+MASK = ".mask.png"
+REGULARIZATION = "regularization"
+#: Where Hugging Face's image folders have their captions.
+LISTED = "metadata.jsonl"
 _CHUNK = 1 << 20
 #: The others are unpacked without a bound: 700 bytes of bzip2 become a gigabyte in one `read`.
 METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
@@ -79,6 +86,8 @@ class Sheet:
     kept: list[dict[str, Any]] = field(default_factory=list)
     warned: list[dict[str, str]] = field(default_factory=list)
     refused: list[dict[str, str]] = field(default_factory=list)
+    #: Kept, too: images of the subject's class, not of the subject.
+    regularization: list[dict[str, Any]] = field(default_factory=list)
 
     def refuse(self, name: str, why: str) -> None:
         self.refused.append({"name": name, "why": why})
@@ -87,7 +96,7 @@ class Sheet:
         self.warned.append({"name": name, "why": why})
 
     def to_dict(self, message: str = "") -> dict[str, Any]:
-        report = {"kept": self.kept, "warned": self.warned, "refused": self.refused}
+        report: dict[str, Any] = vars(self).copy()
         return {**report, "message": message} if message else report
 
 
@@ -131,7 +140,10 @@ class DatasetBuilder:
         target = folder / "dataset.zip"
         try:
             with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as out:
-                _pack(self._uploads(dataset, folder, sheet), out, sheet)
+                packer = _Packer(out, sheet, folder)
+                for name, stream in self._uploads(dataset, folder, sheet):
+                    packer.add(name, stream)
+                packer.finish()
             if not sheet.kept:
                 raise DatasetRefused(_nothing_kept(sheet))
         except DatasetRefused as refusal:
@@ -259,36 +271,98 @@ def _is_litter(filename: str) -> bool:
     return "__MACOSX" in parts or parts[-1].startswith(".") or parts[-1] == "Thumbs.db"
 
 
-def _pack(files: Iterator[tuple[str, IO[bytes]]], out: zipfile.ZipFile, sheet: Sheet) -> None:
-    """Write checked images and their captions into `out`, under names of our own."""
-    captions: dict[str, tuple[str, str]] = {}
-    stems: dict[str, str] = {}
-    digests: dict[str, str] = {}
-    for name, stream in files:
+class _Packer:
+    """Writes checked images, their captions and masks into a zip, under names of our own.
+
+    Captions and masks may come before their image or without one, so they wait until the end.
+    """
+
+    def __init__(self, out: zipfile.ZipFile, sheet: Sheet, folder: Path) -> None:
+        self._out, self._sheet, self._folder = out, sheet, folder
+        self._images: dict[str, _Packed] = {}
+        self._digests: dict[str, str] = {}
+        self._captions: dict[str, tuple[str, str]] = {}
+        self._listed: dict[str, str] = {}
+        self._masks: dict[str, tuple[str, Path, tuple[int, int]]] = {}
+
+    def add(self, name: str, stream: IO[bytes]) -> None:
         path = PurePosixPath(name)
         if path.suffix.lower() == ".txt":
             text = stream.read(MAX_CAPTION + 1).decode("utf-8", "replace").strip()
-            captions[str(path.with_suffix(""))] = (name, text[:MAX_CAPTION])
-            continue
-        image = _look_at(name, stream, sheet)
+            self._captions[str(path.with_suffix(""))] = (name, text[:MAX_CAPTION])
+        elif path.name == LISTED:
+            self._read_list(path, stream)
+        elif path.name.lower().endswith(MASK):
+            self._keep_mask(name, stream)
+        else:
+            self._add_image(path, stream)
+
+    def finish(self) -> None:
+        """Write what waited for its image, and say what had none."""
+        for key, (name, text) in sorted(self._captions.items()):
+            if key in self._images:
+                self._out.writestr(_info(self._images[key].stem + ".txt"), text)
+            else:
+                self._sheet.warn(name, "is a caption without an image of the same name")
+        for key, image in self._images.items():
+            if key not in self._captions and image.name in self._listed:
+                self._out.writestr(_info(image.stem + ".txt"), self._listed[image.name])
+        for key, (name, held, size) in sorted(self._masks.items()):
+            if key not in self._images:
+                self._sheet.warn(name, "is a mask without an image of the same name")
+            elif self._images[key].size != size:
+                self._sheet.refuse(name, "has another width or height than its image")
+            else:
+                with held.open("rb") as stream:
+                    _write(self._out, self._images[key].stem + MASK, stream)
+
+    def _add_image(self, path: PurePosixPath, stream: IO[bytes]) -> None:
+        image = _look_at(str(path), stream, self._sheet)
         if image is None:
-            continue
+            return
         digest = hashlib.sha256(stream.read()).hexdigest()
         stream.seek(0)
-        if digest in digests:
-            sheet.warn(name, f"is the same picture as {digests[digest]}; kept once")
-            continue
-        digests[digest] = name
-        stem = f"{len(stems):05d}"
-        stems[str(path.with_suffix(""))] = stem
+        if digest in self._digests:
+            self._sheet.warn(
+                str(path), f"is the same picture as {self._digests[digest]}; kept once"
+            )
+            return
+        self._digests[digest] = str(path)
+        of_class = REGULARIZATION in path.parts[:-1]
+        stem = f"{REGULARIZATION}/" * of_class + f"{len(self._images):05d}"
         suffix, width, height = image
-        _write(out, stem + suffix, stream)
-        sheet.kept.append({"name": name, "as": stem + suffix, "width": width, "height": height})
-    for key, (name, text) in sorted(captions.items()):
-        if key in stems:
-            out.writestr(_info(stems[key] + ".txt"), text)
-        else:
-            sheet.warn(name, "is a caption without an image of the same name")
+        self._images[str(path.with_suffix(""))] = _Packed(str(path), stem, (width, height))
+        _write(self._out, stem + suffix, stream)
+        kept = self._sheet.regularization if of_class else self._sheet.kept
+        kept.append({"name": str(path), "as": stem + suffix, "width": width, "height": height})
+
+    def _keep_mask(self, name: str, stream: IO[bytes]) -> None:
+        image = _look_at(name, stream, self._sheet)
+        if image is not None:
+            held = self._folder / f"mask-{len(self._masks)}"
+            held.write_bytes(stream.read())
+            self._masks[name[: -len(MASK)]] = (name, held, image[1:])
+
+    def _read_list(self, path: PurePosixPath, stream: IO[bytes]) -> None:
+        """Captions as Hugging Face's image folders have them: a line of JSON per image."""
+        for number, line in enumerate(stream.read(MAX_LIST).splitlines(), start=1):
+            try:
+                said = json.loads(line)
+                image, text = said["file_name"], said["text"]
+                self._listed[str(path.parent / image)] = str(text).strip()[:MAX_CAPTION]
+            except (ValueError, KeyError, TypeError, RecursionError):
+                why = f'line {number} is not {{"file_name": …, "text": …}}'
+                self._sheet.warn(str(path), why)
+                return
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """An image in the zip: what its customer called it, our name without suffix, its size."""
+
+    name: str
+    stem: str
+    size: tuple[int, int]
 
 
 def _look_at(name: str, stream: IO[bytes], sheet: Sheet) -> tuple[str, int, int] | None:

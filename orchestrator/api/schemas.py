@@ -43,13 +43,18 @@ class Out(BaseModel):
 
 
 def _file_name(text: str) -> str:
-    if text in (".", "..") or re.search(r"[/\\\x00-\x1f\x7f]", text):
-        raise ValueError("must be a plain file name, without folders or control characters")
+    plain = text.removeprefix("regularization/")
+    if plain in ("", ".", "..") or re.search(r"[/\\\x00-\x1f\x7f]", plain):
+        raise ValueError(
+            "must be a plain file name, without control characters and without folders other "
+            "than regularization/"
+        )
     return text
 
 
 class FileIn(In):
-    """A photograph, or a caption beside one (`name.txt`)."""
+    """A photograph; beside one its caption (`name.txt`) or mask (`name.mask.png`); in
+    `regularization/` a photograph of its subject's class; or captions as `metadata.jsonl`."""
 
     name: Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_file_name)]
     bytes: Annotated[int, Field(ge=1, le=MAX_UPLOAD)]

@@ -115,6 +115,60 @@ def test_a_zip_is_taken_apart_and_litter_is_left_out(shop: Shop) -> None:
     assert shop.names() == ["00000.jpg", "00000.txt"]
 
 
+def test_masks_and_images_of_the_class_come_along(shop: Shop) -> None:
+    dataset = shop.build(
+        ("a.mask.png", photo(kind="PNG")),
+        ("a.jpg", photo()),
+        ("regularization/b.jpg", photo(colour="blue")),
+        ("regularization/b.txt", b"a dog"),
+    )
+    assert shop.names() == [
+        "00000.jpg",
+        "regularization/00001.jpg",
+        "regularization/00001.txt",
+        "00000.mask.png",
+    ]
+    assert [item["name"] for item in dataset.report["kept"]] == ["a.jpg"]
+    assert [item["name"] for item in dataset.report["regularization"]] == ["regularization/b.jpg"]
+
+
+def test_images_of_the_class_alone_are_no_dataset(shop: Shop) -> None:
+    dataset = shop.build(("regularization/b.jpg", photo()))
+    assert dataset.status is DatasetStatus.REFUSED
+
+
+def test_a_mask_that_fits_no_image_is_left_out_and_named(shop: Shop) -> None:
+    dataset = shop.build(
+        ("a.jpg", photo()),
+        ("a.mask.png", photo(400, kind="PNG")),
+        ("b.mask.png", photo(kind="PNG")),
+        ("c.mask.png", b"not a picture"),
+    )
+    assert shop.names() == ["00000.jpg"]
+    assert {item["name"] for item in dataset.report["refused"]} == {"a.mask.png", "c.mask.png"}
+    assert [item["name"] for item in dataset.report["warned"]] == ["b.mask.png"]
+
+
+def test_captions_may_come_in_one_list(shop: Shop) -> None:
+    """As in Hugging Face's image folders; a file beside an image goes before it."""
+    lines = (
+        b'{"file_name": "a.jpg", "text": "a dog"}\n'
+        b'{"file_name": "b.jpg", "text": "another"}\n'
+        b"no JSON\n"
+    )
+    body = zipped(
+        ("dogs/metadata.jsonl", lines),
+        ("dogs/a.jpg", photo()),
+        ("dogs/b.jpg", photo(colour="blue")),
+        ("dogs/b.txt", b"my own"),
+    )
+    dataset = shop.build(("photos.zip", body))
+    with zipfile.ZipFile(io.BytesIO(shop.zip())) as archive:
+        assert (archive.read("00000.txt"), archive.read("00001.txt")) == (b"a dog", b"my own")
+    (warned,) = dataset.report["warned"]
+    assert "line 3" in warned["why"]
+
+
 def test_a_text_file_named_jpg_is_refused_by_name_and_the_rest_is_kept(shop: Shop) -> None:
     dataset = shop.build(("good.jpg", photo()), ("bad.jpg", b"not a picture at all"))
     assert dataset.status is DatasetStatus.READY
