@@ -33,7 +33,7 @@ def write(out: Path, seed: int) -> None:
             transformer=FluxTransformer2DModel(
                 in_channels=64,
                 num_layers=1,
-                num_single_layers=2,
+                num_single_layers=1,
                 attention_head_dim=_HEAD,
                 num_attention_heads=_HEADS,
                 joint_attention_dim=_T5,
