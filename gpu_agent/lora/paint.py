@@ -5,7 +5,7 @@ Each place of the grid keeps its noise: images of different steps differ by what
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,52 @@ from gpu_agent.lora.families.base import Conditions, Model
 from gpu_agent.lora.talk import Events, Pulse
 from gpu_agent.recipe import Recipe
 
-#: Denoising steps of an image.
-_STEPS = 20
-_STEPS_CPU = 6
+
+def denoising_steps(device: Any) -> int:
+    """How many an image takes."""
+    return 6 if device.type == "cpu" else 20
+
+
+@torch.no_grad()
+def image(
+    model: Model,
+    prompt: Conditions,
+    empty: Conditions,
+    *,
+    side: int,
+    place: tuple[int | str, ...],
+    accelerator: Any,
+    beat: Callable[[int], None],
+) -> Any:
+    """Paint a square `PIL.Image`.
+
+    Args:
+        prompt, empty: conditions of the prompt and of none, without batch.
+        side: in pixels.
+        place: of its noise, see `draws`.
+        beat: told the denoising steps done; what it raises ends it.
+    """
+    noise = torch.randn((1, *model.latent_shape(side, side)), generator=draws.generator(*place))
+    framing = model.framing((side, side), (side, side))
+    told = _batch({**prompt, **framing}, model.device)
+    untold = _batch({**empty, **framing}, model.device)
+
+    def predict(latents: Any, levels: Any) -> Any:
+        with accelerator.autocast():
+            said = model.predict(latents, levels, told).float()
+            if model.sample_guidance == 1.0:
+                return said
+            plain = model.predict(latents, levels, untold).float()
+        return plain + model.sample_guidance * (said - plain)
+
+    latents = model.objective.sample(
+        predict,
+        noise.to(model.device),
+        denoising_steps(model.device),
+        model.sample_shift,
+        beat,
+    )
+    return model.decode(latents)
 
 
 class Painter:
@@ -49,7 +92,7 @@ class Painter:
         self._recipe = recipe
         self._events = events
         self._pulse = pulse
-        self._steps = _STEPS_CPU if accelerator.device.type == "cpu" else _STEPS
+        self._steps = denoising_steps(model.device)
         self.files: list[Path] = []
 
     def paint(self, step: int) -> None:
@@ -61,40 +104,20 @@ class Painter:
             for seed in range(self._recipe.sample_seeds)
         ]
         for done, (prompt, number, seed) in enumerate(grid):
-            image = self._image(self._prompts[prompt], number, seed, done, len(grid))
+            painted = image(
+                self._model,
+                self._prompts[prompt],
+                self._empty,
+                side=self._recipe.resolution,
+                place=(self._recipe.seed, "sample", number, seed),
+                accelerator=self._accelerator,
+                beat=partial(self._beat, done * self._steps, len(grid) * self._steps),
+            )
             file = self._folder / f"step-{step:06d}-{number}-{seed}.png"
-            image.save(file)
+            painted.save(file)
             if file not in self.files:
                 self.files.append(file)
             self._events.emit("sample", step=step, path=str(file), prompt=prompt, seed=seed)
-
-    @torch.no_grad()
-    def _image(self, prompt: Conditions, number: int, seed: int, done: int, total: int) -> Any:
-        model, side = self._model, self._recipe.resolution
-        noise = torch.randn(
-            (1, *model.latent_shape(side, side)),
-            generator=draws.generator(self._recipe.seed, "sample", number, seed),
-        )
-        framing = model.framing((side, side), (side, side))
-        told = _batch({**prompt, **framing}, model.device)
-        untold = _batch({**self._empty, **framing}, model.device)
-
-        def predict(latents: Any, levels: Any) -> Any:
-            with self._accelerator.autocast():
-                said = model.predict(latents, levels, told).float()
-                if model.sample_guidance == 1.0:
-                    return said
-                plain = model.predict(latents, levels, untold).float()
-            return plain + model.sample_guidance * (said - plain)
-
-        latents = model.objective.sample(
-            predict,
-            noise.to(model.device),
-            self._steps,
-            model.sample_shift,
-            partial(self._beat, done * self._steps, total * self._steps),
-        )
-        return model.decode(latents)
 
     def _beat(self, before: int, total: int, done: int) -> None:
         self._pulse.beat("sampling", before + done, total)
