@@ -33,6 +33,10 @@ JobId = Annotated[str, typer.Argument(help="The job's id, as `stoker ps` shows i
 #: Seconds between two looks of `ps -w` and `logs -f`.
 WATCH_S = 2.0
 LOGS_S = 1.0
+#: Of a folder of photographs: those of the subject's class, for prior preservation.
+CLASS_FOLDER = "regularization"
+#: Of a recipe, what a plan always says.
+_TOLD = ("quality", "steps", "resolution", "adapter", "rank", "targets", "learning_rate")
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 
 
@@ -148,29 +152,38 @@ def photo_files(photos: Path) -> list[Path]:
         raise CliError(
             f"{photos} cannot be used as photographs", why, "name a folder or a zip", Exit.USAGE
         )
-    images = sorted(path for path in photos.iterdir() if path.suffix.lower() in SUFFIXES)
-    if not images:
+    files = sorted([*photos.iterdir(), *(photos / CLASS_FOLDER).glob("*")])
+    images = [path for path in files if path.suffix.lower() in SUFFIXES]
+    if not any(_is_photograph(path) for path in images):
         why = f"none of its files ends in {', '.join(sorted(SUFFIXES))}"
         raise CliError(f"{photos} holds no photograph", why, "name another folder", Exit.USAGE)
-    return images + [
-        path.with_suffix(".txt") for path in images if path.with_suffix(".txt").is_file()
-    ]
+    texts = {path.with_suffix(".txt") for path in images} | {photos / "metadata.jsonl"}
+    return images + [path for path in files if path in texts]
+
+
+def _is_photograph(path: Path) -> bool:
+    """Of the subject, that is: no mask, and none of its class."""
+    is_mask = path.name.lower().endswith(".mask.png")
+    return path.suffix.lower() in SUFFIXES and not is_mask and path.parent.name != CLASS_FOLDER
 
 
 def _show_plan(files: Sequence[Path], body: Mapping[str, Any]) -> None:
     size = sum(path.stat().st_size for path in files)
-    images = [path for path in files if path.suffix.lower() in SUFFIXES]
-    what = f"{len(images)} in {files[0].parent}" if images else f"in {files[0]}"
-    captions = len(files) - len(images) if images else 0
-    if captions:
-        what += f", {captions} with a caption"
+    images = [path for path in files if _is_photograph(path)]
+    what = f"{len(images)} in {images[0].parent}" if images else f"in {files[0]}"
+    beside = {
+        "with a caption": sum(path.suffix.lower() == ".txt" for path in files),
+        "with a mask": sum(path.name.lower().endswith(".mask.png") for path in files),
+        "of the class": sum(path.parent.name == CLASS_FOLDER for path in files),
+    }
+    what += "".join(f", {count} {which}" for which, count in beside.items() if count)
     err.print("Plan", style="bold")
     print_rows(
         err,
         [
             ("  photographs", f"{what}, {_mb(size)}"),
             ("  base", f"{body['base']} ({body['base_family']})"),
-            ("  recipe", _recipe_words(body["recipe"])),
+            ("  recipe", _recipe_words(body["recipe"], body["base_family"])),
             ("  GPU", _gpu_words(body["gpu"])),
             ("  at most", f"${body['max_cost'] / 1e6:.2f}, all attempts together"),
             *([("  webhook", body["webhook"]["url"])] if "webhook" in body else []),
@@ -178,13 +191,11 @@ def _show_plan(files: Sequence[Path], body: Mapping[str, Any]) -> None:
     )
 
 
-def _recipe_words(recipe: Mapping[str, Any]) -> str:
-    """What is set; a key that is off says nothing."""
-    return ", ".join(
-        f"{key} {value}"
-        for key, value in recipe.items()
-        if value not in (None, "", False, 0, [], "auto")
-    )
+def _recipe_words(recipe: Mapping[str, Any], family: str) -> str:
+    """What decides time and result, and whatever is not as it usually is; --json has all."""
+    usual = Recipe.from_dict({}, family).to_dict()
+    shown = [key for key in recipe if key in _TOLD or recipe[key] != usual[key]]
+    return ", ".join(f"{key} {recipe[key]}" for key in shown)
 
 
 def _gpu_words(gpu: Mapping[str, Any]) -> str:
@@ -207,7 +218,9 @@ def upload_dataset(client: Client, photos: Path, files: list[Path]) -> str:
     if photos.is_file():
         dataset = client.post("/v1/datasets", {"zip": described(photos)})
     else:
-        listed = [{"name": path.name, **described(path)} for path in files]
+        listed = [
+            {"name": path.relative_to(photos).as_posix(), **described(path)} for path in files
+        ]
         dataset = client.post("/v1/datasets", {"files": listed})
     pairs = list(zip(dataset["uploads"], files, strict=True))
     for upload, path in track(
