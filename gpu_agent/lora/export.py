@@ -101,8 +101,10 @@ def write(
             files.append(folder / LYCORIS)
         return files
     for name, rename in family.exports().items():
-        tensor_file.write(folder / name, rename(tensors, recipe.alpha), kohya, _KOHYA_DIGESTS)
-        files.append(folder / name)
+        # empty where the other program has no words for it
+        if renamed := rename(tensors, recipe.alpha):
+            tensor_file.write(folder / name, renamed, kohya, _KOHYA_DIGESTS)
+            files.append(folder / name)
     return files
 
 

@@ -13,16 +13,19 @@ from typing import Any
 
 import torch
 
-#: Diffusers-named tensors and alpha → the tensors of another file.
+#: Diffusers-named tensors and alpha → the tensors of another file; none where it has no words for
+#: the adapter.
 Export = Callable[[Mapping[str, Any], float], dict[str, Any]]
 
 KOHYA = "lora_kohya.safetensors"
 COMFYUI = "lora_comfyui.safetensors"
 
+#: DoRA's, of each output of a layer.
+MAGNITUDE = "lora_magnitude_vector"
 _LEAVES = {
     "lora_A.weight": "lora_down.weight",
     "lora_B.weight": "lora_up.weight",
-    "lora_magnitude_vector": "dora_scale",
+    MAGNITUDE: "dora_scale",
 }
 #: What a diffusers file calls a part of the model → what kohya's files for SD 1.x and 2.x call it.
 _KOHYA_PARTS = {"unet": "lora_unet", "text_encoder": "lora_te"}
@@ -44,9 +47,10 @@ def renamed(
     for name, tensor in tensors.items():
         layer, leaf = split(name)
         theirs = layer_name(layer)
-        # kohya's magnitudes have the weight's dimensions: (out, 1), of a convolution (out, 1, 1, 1)
-        magnitude = leaf.startswith("lora_magnitude") and tensor.ndim == 1
-        said[f"{theirs}.{_LEAVES[leaf]}"] = tensor[:, None] if magnitude else tensor
+        if leaf == MAGNITUDE:
+            # (out,) or, of a convolution, (1, out, 1, 1) -> as the weight: (out, 1), (out, 1, 1, 1)
+            tensor = tensor[:, None] if tensor.ndim == 1 else tensor.transpose(0, 1)
+        said[f"{theirs}.{_LEAVES[leaf]}"] = tensor
         said[f"{theirs}.alpha"] = torch.tensor(alpha)
     return said
 

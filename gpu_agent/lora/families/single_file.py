@@ -246,44 +246,96 @@ _ENCODERS = {
 }
 
 
-def kohya(tensors: Mapping[str, Any], alpha: float, placing: Placing) -> dict[str, Any]:
-    """A LoRA as sd-scripts writes it and ComfyUI reads it.
+@dataclass(frozen=True)
+class Update:
+    """What a LoRA does to one original layer.
+
+    Attributes:
+        down, up: (rank, columns), (rows, rank).
+        alpha: up @ down counts alpha / rank times.
+        magnitudes: of DoRA, (rows,).
+    """
+
+    down: Any
+    up: Any
+    alpha: float
+    magnitudes: Any
+
+    def named(self, layer: str) -> dict[str, Any]:
+        """As kohya's and ComfyUI's programs name it."""
+        said = {
+            f"{layer}.lora_down.weight": self.down,
+            f"{layer}.lora_up.weight": self.up,
+            f"{layer}.alpha": torch.tensor(self.alpha),
+        }
+        if self.magnitudes is not None:
+            said[f"{layer}.dora_scale"] = self.magnitudes[:, None]
+        return said
+
+
+def updates(
+    tensors: Mapping[str, Any], alpha: float, placing: Placing, unit: int | None = None
+) -> dict[str, Update]:
+    """The part of a LoRA that is for the transformer, by the original layer's name.
 
     Layers that share an original tensor are put side by side: their A below each other, their B
     along the diagonal, which gives exactly their updates. The rank is then the sum of theirs, and
     alpha grows with it.
+
+    Args:
+        unit: of the rows that a `Place` counts in; None means the layer's columns.
+
+    Returns: nothing where it cannot be said: DoRA's magnitudes of rows that it does not train.
     """
     layers: dict[str, dict[str, Any]] = defaultdict(dict)
     for name, tensor in tensors.items():
         layer, leaf = naming.split(name)
-        layers[layer][leaf] = tensor
+        if layer.startswith("transformer."):
+            layers[layer.removeprefix("transformer.")][leaf] = tensor
     together: dict[str, list[tuple[Place, dict[str, Any]]]] = defaultdict(list)
     for layer, found in layers.items():
-        component, rest = layer.split(".", 1)
-        if component == "transformer":
-            place, _ = placing(rest + ".weight")
-            together[f"lora_unet_{place.name.replace('.', '_')}"].append((place, found))
-        else:
-            own = f"{_ENCODERS[component]}_{rest.replace('.', '_')}"
-            together[own].append((Place(rest), found))
-    said: dict[str, Any] = {}
+        place, _ = placing(layer + ".weight")
+        together[place.name].append((place, found))
+    said: dict[str, Update] = {}
     for name, parts in together.items():
-        said[f"{name}.lora_down.weight"] = torch.cat([found["lora_A.weight"] for _, found in parts])
-        said[f"{name}.lora_up.weight"] = _beside_each_other(parts)
-        said[f"{name}.alpha"] = torch.tensor(alpha * len(parts))
+        parts.sort(key=lambda part: part[0].part)
+        down = torch.cat([found["lora_A.weight"] for _, found in parts])
+        up, magnitudes = _beside_each_other(parts, unit), None
+        if "lora_magnitude_vector" in parts[0][1]:
+            magnitudes = torch.cat([found["lora_magnitude_vector"] for _, found in parts])
+            magnitudes = parts[0][0].turned(magnitudes, unit or down.shape[1])
+            if len(magnitudes) < len(up):
+                return {}
+        said[name] = Update(down, up, alpha * len(parts), magnitudes)
     return said
 
 
-def _beside_each_other(parts: list[tuple[Place, dict[str, Any]]]) -> Any:
+def kohya(
+    tensors: Mapping[str, Any], alpha: float, placing: Placing, unit: int | None = None
+) -> dict[str, Any]:
+    """A LoRA as sd-scripts writes it and ComfyUI reads it; see `updates`."""
+    said: dict[str, Any] = {}
+    for layer, update in updates(tensors, alpha, placing, unit).items():
+        said |= update.named(f"lora_unet_{layer.replace('.', '_')}")
+    encoders = {name: one for name, one in tensors.items() if name.split(".")[0] in _ENCODERS}
+    return said | naming.renamed(encoders, alpha, _encoder_layer) if said else {}
+
+
+def _encoder_layer(layer: str) -> str:
+    component, rest = layer.split(".", 1)
+    return f"{_ENCODERS[component]}_{rest.replace('.', '_')}"
+
+
+def _beside_each_other(parts: list[tuple[Place, dict[str, Any]]], unit: int | None) -> Any:
     """The B of layers that lie in one: (rows of the original layer, sum of their ranks)."""
     first, found = parts[0]
-    width = found["lora_A.weight"].shape[1]
+    unit = unit or found["lora_A.weight"].shape[1]
     if not first.of:
-        return first.turned(found["lora_B.weight"], width)
+        return first.turned(found["lora_B.weight"], unit)
     ranks = [found["lora_B.weight"].shape[1] for _, found in parts]
-    whole = found["lora_B.weight"].new_zeros((first.of * width, sum(ranks)))
+    whole = found["lora_B.weight"].new_zeros((first.of * unit, sum(ranks)))
     for number, (place, found) in enumerate(parts):
-        rows, at = place.part * width, sum(ranks[:number])
+        rows, at = place.part * unit, sum(ranks[:number])
         up = found["lora_B.weight"]
         whole[rows : rows + len(up), at : at + ranks[number]] = up
     return whole
