@@ -70,7 +70,7 @@ class Cache:
 
     def __init__(self, model: Model, recipe: Recipe, folder: Path, origin: str) -> None:
         self._model, self._recipe = model, recipe
-        self._folder, self._origin = folder, origin
+        self._folder, self.origin = folder, origin
         self.on_disk = recipe.cache == "disk"
         self._texts: dict[str, Conditions] = {}
 
@@ -92,7 +92,8 @@ class Cache:
             DatasetError: `dataset.image` or `dataset.mask`.
         """
         recipe = self._recipe
-        place = [picture.digest, *picture.bucket, recipe.flip, recipe.masked_loss]
+        masked = picture.mask_digest if recipe.masked_loss else None
+        place = [picture.digest, *picture.bucket, recipe.flip, masked]
         kept = self._kept(["picture", *place], lambda: self._encode_picture(picture))
         framing = self._model.framing(picture.size, picture.bucket)
         texts = tuple(orders(picture.caption, recipe))
@@ -155,13 +156,16 @@ class Cache:
     def _kept(self, place: Sequence[Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         if not self.on_disk:
             return make()
-        told = json.dumps([_FORMAT, self._origin, *place]).encode()
+        told = json.dumps([_FORMAT, self.origin, *place]).encode()
         file = self._folder / f"{hashlib.sha256(told).hexdigest()}.safetensors"
         kept = _read(file)
         if kept is None:
             self._folder.mkdir(parents=True, exist_ok=True)
             made = make()
-            tensor_file.write(file, made, {_CHECKSUM: _checksum(made)})
+            # of one's own, for several processes may encode the same
+            part = file.with_suffix(f".{os.getpid()}")
+            tensor_file.write(part, made, {_CHECKSUM: _checksum(made)})
+            part.replace(file)
             kept = _read(file)
         return kept if kept is not None else made
 
@@ -178,12 +182,13 @@ def orders(caption: str, recipe: Recipe) -> list[str]:
         return [caption]
     if math.factorial(len(moving)) <= ORDERS:
         mixed: Iterable[Sequence[str]] = itertools.islice(itertools.permutations(moving), 1, None)
-    else:
+    else:  # some of them twice, so more than are wanted
         mixed = (
             draws.shuffled(moving, recipe.seed, "caption", caption, number)
-            for number in range(1, ORDERS)
+            for number in range(4 * ORDERS)
         )
-    return list(dict.fromkeys([caption, *(", ".join([*still, *some]) for some in mixed)]))
+    distinct = dict.fromkeys([caption, *(", ".join([*still, *some]) for some in mixed)])
+    return list(distinct)[:ORDERS]
 
 
 def origin_of(base: Path, *about: str) -> str:

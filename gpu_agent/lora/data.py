@@ -47,9 +47,10 @@ class Picture:
     """An image as it will be trained on.
 
     Attributes:
-        digest: the SHA-256 of the file (and of its mask), in hex.
+        digest: the SHA-256 of the file, in hex.
         size: width and height in pixels, upright, before it is cut to its bucket.
         mask: the file that says what of it counts: its mask, or itself for its alpha channel.
+        mask_digest: that file's; empty where there is none.
     """
 
     path: Path
@@ -58,6 +59,7 @@ class Picture:
     size: tuple[int, int]
     bucket: Bucket
     mask: Path | None = None
+    mask_digest: str = ""
 
     def pixels(self) -> Any:
         """The image, cut to its bucket, as an RGB `PIL.Image`.
@@ -175,10 +177,7 @@ class _Collector:
         """None for a picture that was there already."""
         seen = images.look(path)
         mask = self._mask_of(path, seen) if self._recipe.masked_loss else None
-        hashed = hashlib.sha256(path.read_bytes())
-        if mask not in (None, path):
-            hashed.update(mask.read_bytes())
-        digest = hashed.hexdigest()
+        digest = digest_of(path)
         if digest in self._seen:
             twin = f"{path.name} (as {self._seen[digest].name})"
             self._note("the same picture twice is trained on once", twin)
@@ -193,6 +192,7 @@ class _Collector:
             size=seen.size,
             bucket=nearest(self._shapes, *seen.size),
             mask=mask,
+            mask_digest=digest_of(mask) if mask else "",
         )
 
     def _mask_of(self, path: Path, seen: images.Look) -> Path | None:
@@ -291,6 +291,10 @@ def split(pictures: Sequence[Picture], recipe: Recipe) -> Split:
     held = sorted(everything, key=draw)[:count]
     train = tuple(picture for picture in everything if picture not in held)
     return Split(train, tuple(held), "held-out")
+
+
+def digest_of(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def distinct(parts: Split) -> list[Picture]:

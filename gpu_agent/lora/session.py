@@ -212,8 +212,8 @@ def _resume(loop: Loop, checkpoints: checkpoint.Checkpoints, folder: Path | None
 
 def _belongs(plan: Plan) -> checkpoint.Belongs:
     pictures = [
-        (picture.digest, picture.caption, picture.bucket)
-        for part in (plan.split.train, plan.split.validation)
+        (picture.digest, picture.mask_digest, picture.caption, picture.bucket)
+        for part in (plan.split.train, plan.split.validation, plan.regularization)
         for picture in part
     ]
     recipe = plan.job.recipe.to_dict()
