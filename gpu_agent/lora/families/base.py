@@ -24,6 +24,8 @@ from gpu_agent.lora.objective import Objective
 
 #: peft's list, which all diffusers-style trainers use.
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+#: What it has besides where texts and image are attended to together.
+JOINT = ["add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 
 #: By name, each (n, …): what the denoiser is told of the texts.
 Conditions = dict[str, Any]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,12 @@ from safetensors import SafetensorError
 from transformers import CLIPTextModel
 
 from gpu_agent.lora.errors import ModelError
-from gpu_agent.lora.families import naming, single_file, t5
-from gpu_agent.lora.families.base import ATTENTION, Conditions, Model
+from gpu_agent.lora.families import family, naming, single_file, t5
+from gpu_agent.lora.families.base import ATTENTION, JOINT, Conditions, Model
 from gpu_agent.lora.families.clip_words import tokenizer_for
 from gpu_agent.lora.families.single_file import CLIP_L, VAE, Part, Place, Source
 from gpu_agent.lora.objective import Flow, flux_shift
 from gpu_agent.recipe import Recipe
-
-REPOSITORY = "black-forest-labs/FLUX.1-dev"
 
 #: What the distilled guidance of the dev model is told in sample images, as in diffusers.
 _SAMPLE_GUIDANCE = 3.5
@@ -33,7 +31,6 @@ _SAMPLE_GUIDANCE = 3.5
 _WORDS_DEV, _WORDS_SCHNELL = 512, 256
 _VAE_SCALING, _VAE_SHIFT = 0.3611, 0.1159
 
-_JOINT = ["add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 #: Every linear layer inside the blocks, which is what sd-scripts trains.
 _FULL = (
     r"(single_)?transformer_blocks\.\d+\.("
@@ -59,7 +56,7 @@ class Flux(Model):
         self.sample_shift = flux_shift(recipe.resolution**2) if self._distilled else 1.0
 
     def targets(self, preset: str) -> list[str] | str:
-        return _FULL if preset == "full" else [*ATTENTION, *_JOINT]
+        return _FULL if preset == "full" else [*ATTENTION, *JOINT]
 
     @property
     def side_factor(self) -> int:
@@ -182,7 +179,7 @@ def _parts(base: Path, device: Any, dtype: Any) -> dict[str, Any]:
 
 
 def _read(base: Path, device: Any, dtype: Any) -> dict[str, Any]:
-    source = Source(base, REPOSITORY)
+    source = Source(base, family("flux").repository)
     denoiser, eyes, short = source.denoiser(), source.part(VAE), source.part(CLIP_L)
     text_encoder = (
         single_file.clip(short, projected=False)
@@ -293,7 +290,7 @@ def placing(name: str) -> tuple[Place, str]:
     return place, "scale" if place.name.endswith("_norm") else leaf
 
 
-def kohya(tensors: Any, alpha: float) -> dict[str, Any]:
+def kohya(tensors: Mapping[str, Any], alpha: float) -> dict[str, Any]:
     """See `single_file.kohya`."""
     return single_file.kohya(tensors, alpha, placing)
 

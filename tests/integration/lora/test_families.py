@@ -8,7 +8,7 @@ from gpu_agent.lora import tiny_base
 from gpu_agent.lora.families import family
 
 #: Family, and the least share by which 100 steps must lower its validation loss.
-FAMILIES = {"sd1": 0.15, "flux": 0.15}
+FAMILIES = {"sd1": 0.15, "flux": 0.15, "sd3": 0.15, "lumina2": 0.25}
 SEEDS = (0, 1)
 RECIPE = {
     "steps": 100,
