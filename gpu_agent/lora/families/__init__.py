@@ -194,10 +194,11 @@ _ROWS = (
         module="hunyuanimage",
         pipelines=("HunyuanImagePipeline",),
         components=("transformer", "vae", "text_encoder", "text_encoder_2"),
-        marks=("double_blocks.", "byt5_in."),
+        # HunyuanVideo 1.5 has no single blocks
+        marks=("double_blocks.", "single_blocks.", "byt5_in."),
         repository="hunyuanvideo-community/HunyuanImage-2.1-Diffusers",
         architecture="hunyuan-image-2.1",
-        kohya_version="hunyuan_image_2.1",
+        kohya_version="hunyuan-image-2.1",
     ),
     Family(
         name="flux",
@@ -228,7 +229,8 @@ _ROWS = (
         module="lumina2",
         pipelines=("Lumina2Pipeline", "Lumina2Text2ImgPipeline"),
         components=("transformer", "vae", "text_encoder"),
-        marks=("noise_refiner.", "cap_embedder."),
+        # Z-Image's modulation is a single layer
+        marks=("noise_refiner.", "cap_embedder.", "layers.0.adaLN_modulation.1."),
         repository="Alpha-VLLM/Lumina-Image-2.0",
         architecture="lumina-2",
         kohya_version="lumina2",
