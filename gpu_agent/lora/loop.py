@@ -6,6 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,23 @@ _REPORT_EVERY = 1.0
 _MOST_POINTS = 20
 
 
+@dataclass(frozen=True)
+class Deck:
+    """Samples that batches are drawn from, and how much their loss counts."""
+
+    name: str
+    samples: Sequence[Sample]
+    batches: draws.Batches
+    weight: float
+
+
 class Loop:
     """Trains an adapter until the recipe's last step, or until a stop is ordered.
 
     Args:
         accelerator: an `accelerate.Accelerator`; it owns device, autocast and gradient scaling.
+        regularization: images of the subject's class. After each pass of `samples` comes an
+            equally large one of these, whose gradients count `prior_weight` and are added.
         empty: the conditions of no caption at all.
         draw_samples: called with the step when sample images are due.
     """
@@ -44,6 +57,7 @@ class Loop:
         model: Model,
         adapter: Trainable,
         samples: Sequence[Sample],
+        regularization: Sequence[Sample],
         empty: Conditions,
         recipe: Recipe,
         accelerator: Any,
@@ -56,7 +70,6 @@ class Loop:
     ) -> None:
         self._model = model
         self._adapter = adapter
-        self._samples = samples
         self._empty = empty
         self._density = Density.of(recipe)
         self._recipe = recipe
@@ -72,9 +85,21 @@ class Loop:
             optimizers.make(adapter.groups(), recipe, self._device)
         )
         self._kept = ema.kept(adapter, self._optimizer, recipe)
-        self._batches = draws.Batches(
-            tuple(sample.bucket for sample in samples), recipe.batch_size, recipe.seed
-        )
+        self._decks = [
+            Deck(
+                name=name,
+                samples=some,
+                batches=draws.Batches(
+                    tuple(sample.bucket for sample in some), recipe.batch_size, recipe.seed
+                ),
+                weight=weight,
+            )
+            for name, some, weight in (
+                ("step", samples, 1.0),
+                ("prior", regularization, recipe.prior_weight),
+            )
+            if some
+        ]
         self._losses = torch.zeros(recipe.steps, device=self._device)
         self._reported = 0
         self._report_due = 0.0
@@ -166,19 +191,20 @@ class Loop:
         for part in range(parts):
             if part:
                 self._pulse.say("training", part, parts)
-            loss = self._loss(self.step * parts + part) / parts
-            self._accelerator.backward(loss)
-            self._losses[self.step] += loss.detach()
+            for deck in self._decks:
+                loss = self._loss(deck, self.step * parts + part) * deck.weight / parts
+                self._accelerator.backward(loss)
+                self._losses[self.step] += loss.detach()
         self._accelerator.clip_grad_norm_(self._adapter.parameters, self._recipe.max_grad_norm)
         self._optimizer.step()
         self._optimizer.zero_grad()
         self._adapter.settle()
         self._kept.follow(self.step + 1)
 
-    def _loss(self, index: int) -> Any:
+    def _loss(self, deck: Deck, index: int) -> Any:
         recipe = self._recipe
-        batch = [self._samples[number] for number in self._batches.at(index)]
-        place = draws.generator(recipe.seed, "step", index)
+        batch = [deck.samples[number] for number in deck.batches.at(index)]
+        place = draws.generator(recipe.seed, deck.name, index)
         size = len(batch)
         mirrored = torch.rand(size, generator=place).tolist()
         dropped = torch.rand(size, generator=place).tolist()

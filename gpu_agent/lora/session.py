@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from gpu_agent.lora import captions, checkpoint, curve, data, export
+from gpu_agent.lora import captions, checkpoint, curve, data, export, prior
 from gpu_agent.lora.adapter import Adapter
 from gpu_agent.lora.cache import Cache, origin_of
 from gpu_agent.lora.errors import JobError
@@ -67,7 +67,12 @@ def _train(plan: Plan, events: Events, orders: Orders) -> bool:
         accelerator.device.type,
     )
     cache = Cache(model, job.recipe, job.work_dir / "cache", origin)
-    pictures = data.distinct(plan.split)
+    regularization = list(plan.regularization)
+    if job.recipe.prior_images and not regularization:
+        regularization = prior.painted(
+            model, cache, job.recipe, job.work_dir / "prior", accelerator, pulse
+        )
+    pictures = [*data.distinct(plan.split), *regularization]
     cache.expect(pictures)
     samples = {}
     for number, picture in enumerate(pictures):
@@ -92,6 +97,7 @@ def _train(plan: Plan, events: Events, orders: Orders) -> bool:
         model=model,
         adapter=adapter,
         samples=[samples[picture.digest] for picture in plan.split.train],
+        regularization=[samples[picture.digest] for picture in regularization],
         empty=empty,
         recipe=job.recipe,
         accelerator=accelerator,
@@ -121,6 +127,7 @@ def _train(plan: Plan, events: Events, orders: Orders) -> bool:
         loss_first=loop.validations[0].loss,
         parameters=sum(parameter.numel() for parameter in adapter.parameters),
         images=len(plan.split.train),
+        regularization=len(regularization),
         buckets=data.count_buckets(plan.split.train),
         label=plan.split.label,
         step=loop.step,
