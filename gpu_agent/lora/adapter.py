@@ -41,12 +41,15 @@ class Trainable(ABC):
 
     @property
     def trains_texts(self) -> bool:
-        """Whether texts must be encoded anew in each step, because they change."""
+        """Whether `encode` has anything to say, for which it needs the text encoders."""
         return False
 
-    @abstractmethod
     def encode(self, texts: Sequence[str]) -> Conditions:
-        """The texts as they are encoded by now, (n, …), with the graph behind them."""
+        """What takes the place of the texts' cached conditions, (n, …), with the graph behind it.
+
+        Nothing where the texts' encoding is not trained.
+        """
+        return {}
 
     def settle(self) -> None:  # noqa: B027 -- most have nothing to settle
         """Called after each step of the optimizer."""
@@ -114,7 +117,7 @@ class Adapter(Trainable):
         return self._recipe.text_encoder_rate > 0
 
     def encode(self, texts: Sequence[str]) -> Conditions:
-        return self._model.encode_texts(texts)
+        return self._model.encode_texts(texts) if self.trains_texts else {}
 
 
 def _config(recipe: Recipe, targets: list[str] | str) -> Any:

@@ -41,6 +41,7 @@ class Validation:
 class _Case:
     shape: tuple[int, ...]
     latents: Any
+    text: str
     conditions: Conditions
     mask: Any
     noise: Any
@@ -51,6 +52,7 @@ class Evaluator:
     """Measures a model on the same cases each time it is asked.
 
     Args:
+        encode: see `adapter.Trainable`.
         beat: told before each forward pass how many of the cases are done; what it raises ends it.
     """
 
@@ -62,11 +64,13 @@ class Evaluator:
         seed: int,
         device: Any,
         autocast: Callable[[], Any],
+        encode: Callable[[Sequence[str]], Conditions],
         beat: Callable[[int, int], None],
     ) -> None:
         self._model = model
         self._device = device
         self._autocast = autocast
+        self._encode = encode
         self._beat = beat
         chosen = sorted(samples, key=lambda sample: sample.digest)[:MOST_PICTURES]
         cases = [case for sample in chosen for case in _cases(model, sample, density, seed)]
@@ -91,7 +95,10 @@ class Evaluator:
                 move([case.latents for case in cases], self._device),
                 move([case.noise for case in cases], self._device),
                 move([case.level for case in cases], self._device),
-                move_conditions([case.conditions for case in cases], self._device),
+                {
+                    **move_conditions([case.conditions for case in cases], self._device),
+                    **self._encode([case.text for case in cases]),
+                },
                 None
                 if cases[0].mask is None
                 else move([case.mask for case in cases], self._device),
@@ -112,6 +119,7 @@ def _cases(model: Model, sample: Sample, density: Density, seed: int) -> list[_C
             _Case(
                 shape=tuple(latents.shape),
                 latents=latents,
+                text=sample.texts[0],
                 conditions=sample.conditions[0],
                 mask=None if sample.mask is None else sample.mask[0],
                 noise=sign * noise,

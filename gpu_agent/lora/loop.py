@@ -220,6 +220,10 @@ class Loop:
             {**told, **self._empty} if luck < recipe.caption_dropout else told
             for told, luck in zip(conditions, dropped, strict=True)
         ]
+        texts = [
+            "" if luck < recipe.caption_dropout else sample.texts[int(turn * len(sample.texts))]
+            for sample, luck, turn in zip(batch, dropped, said, strict=True)
+        ]
         mask = None
         if recipe.masked_loss:
             mask = move(
@@ -233,9 +237,8 @@ class Loop:
         width, height = batch[0].bucket
         (levels,) = move([self._density.levels(quantiles, width * height)], self._device)
         with self._accelerator.autocast():
-            losses = self._model.losses(
-                latents, noise, levels, move_conditions(conditions, self._device), mask
-            )
+            told = {**move_conditions(conditions, self._device), **self._adapter.encode(texts)}
+            losses = self._model.losses(latents, noise, levels, told, mask)
         return (losses * self._model.objective.weights(levels, recipe)).mean()
 
     # --- between steps ------------------------------------------------------------------------

@@ -5,7 +5,7 @@ Each place of the grid keeps its noise: images of different steps differ by what
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,7 @@ class Painter:
     Args:
         prompts: the conditions of each prompt, without batch.
         empty: those of no prompt.
+        encode: see `adapter.Trainable`.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class Painter:
         model: Model,
         prompts: Mapping[str, Conditions],
         empty: Conditions,
+        encode: Callable[[Sequence[str]], Conditions],
         accelerator: Any,
         output: Path,
         recipe: Recipe,
@@ -87,6 +89,7 @@ class Painter:
         self._model = model
         self._prompts = prompts
         self._empty = empty
+        self._encode = encode
         self._accelerator = accelerator
         self._folder = output / "samples"
         self._recipe = recipe
@@ -106,8 +109,8 @@ class Painter:
         for done, (prompt, number, seed) in enumerate(grid):
             painted = image(
                 self._model,
-                self._prompts[prompt],
-                self._empty,
+                {**self._prompts[prompt], **self._encoded(prompt)},
+                {**self._empty, **self._encoded("")},
                 side=self._recipe.resolution,
                 place=(self._recipe.seed, "sample", number, seed),
                 accelerator=self._accelerator,
@@ -118,6 +121,11 @@ class Painter:
             if file not in self.files:
                 self.files.append(file)
             self._events.emit("sample", step=step, path=str(file), prompt=prompt, seed=seed)
+
+    @torch.no_grad()
+    def _encoded(self, text: str) -> Conditions:
+        with self._accelerator.autocast():
+            return {name: tensor[0] for name, tensor in self._encode([text]).items()}
 
     def _beat(self, before: int, total: int, done: int) -> None:
         self._pulse.beat("sampling", before + done, total)

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 
 from gpu_agent.lora import captions, checkpoint, curve, data, export, prior
-from gpu_agent.lora.adapter import Adapter
+from gpu_agent.lora.adapter import Adapter, Trainable
 from gpu_agent.lora.cache import Cache, origin_of
 from gpu_agent.lora.errors import JobError
 from gpu_agent.lora.evaluate import Evaluator
@@ -84,10 +84,18 @@ def _train(plan: Plan, events: Events, orders: Orders) -> bool:
         pulse.beat("encoding", number, len(prompts))
         prompt_texts[prompt] = cache.text(prompt)
     empty = cache.text("")
-    model.release_encoders()
-    adapter = Adapter(model, job.recipe)
+    adapter = _trainable(plan, model)
+    model.release_encoders(texts=not adapter.trains_texts)
     painter = Painter(
-        model, prompt_texts, empty, accelerator, job.output_dir, job.recipe, events, pulse
+        model,
+        prompt_texts,
+        empty,
+        adapter.encode,
+        accelerator,
+        job.output_dir,
+        job.recipe,
+        events,
+        pulse,
     )
     checkpoints = checkpoint.Checkpoints(
         job.work_dir / "checkpoints", _belongs(plan), job.recipe.keep_checkpoints
@@ -108,6 +116,7 @@ def _train(plan: Plan, events: Events, orders: Orders) -> bool:
             job.recipe.seed,
             accelerator.device,
             accelerator.autocast,
+            adapter.encode,
             partial(pulse.beat, "validating"),
         ),
         checkpoints=checkpoints,
@@ -146,7 +155,7 @@ def _finish(
     plan: Plan,
     loop: Loop,
     checkpoints: checkpoint.Checkpoints,
-    adapter: Adapter,
+    adapter: Trainable,
     painter: Painter,
     events: Events,
 ) -> None:
@@ -196,6 +205,16 @@ def _accelerator(recipe: Recipe) -> Accelerator:
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
     return Accelerator(mixed_precision="no" if wanted == "fp32" else wanted, cpu=not gpu)
+
+
+def _trainable(plan: Plan, model: Any) -> Trainable:
+    """What the recipe trains of a model. Raises: DatasetError, `dataset.caption`."""
+    recipe = plan.job.recipe
+    if recipe.adapter != "embedding":
+        return Adapter(model, recipe)
+    from gpu_agent.lora.inversion import Inversion
+
+    return Inversion(model, recipe, [picture.caption for picture in plan.split.train])
 
 
 def _resume(loop: Loop, checkpoints: checkpoint.Checkpoints, folder: Path | None) -> str | None:

@@ -139,9 +139,10 @@ class Model(ABC):
     def _vae_shift(self) -> Any:
         return self.vae.config.get("shift_factor") or 0.0
 
-    def release_encoders(self) -> None:
-        """Free what only `encode_image` and `encode_texts` need."""
-        self.text_encoders.clear()
+    def release_encoders(self, *, texts: bool) -> None:
+        """Free what only `encode_image` and, with `texts`, what only `encode_texts` needs."""
+        if texts:
+            self.text_encoders.clear()
         # the decoder waits on the host for the sample images
         self.vae.encoder = None
         self.vae.to("cpu")
