@@ -198,7 +198,7 @@ _DIFFUSION_ONLY = {
     "prediction": "auto",
 }
 #: Those whose text encoders' LoRA is read by the programs that read the rest of it.
-ADAPTABLE_TEXTS = frozenset({"sd1", "sd2", "sdxl"})
+ADAPTABLE_TEXTS = frozenset({"sd1", "sd2", "sdxl", "sd3", "flux"})
 #: Adapters with an A and a B.
 _LOW_RANK = frozenset({"lora", "dora"})
 _OWN_RATE = frozenset({"prodigy"})
