@@ -33,12 +33,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from gpu_agent.lora.evaluate import Validation
+from gpu_agent.lora import choose
+from gpu_agent.lora.choose import Validation
 
 _log = logging.getLogger(__name__)
 
 LORA = "lora.safetensors"
-BEST = "best.safetensors"
 _STATE = "state.pt"
 _ABOUT = "about.json"
 _FORMAT = 3
@@ -85,9 +85,8 @@ class Progress:
 
     @property
     def best_step(self) -> int | None:
-        """The trained step with the lowest validation loss; the earliest of equals."""
-        trained = {step: seen.loss for step, seen in self.validations.items() if step > 0}
-        return min(trained, key=lambda step: (trained[step], step)) if trained else None
+        """The trained step that would be kept if this were the end."""
+        return choose.best_step(self.validations)
 
 
 class Unusable(Exception):
@@ -111,15 +110,17 @@ class Checkpoints:
             shutil.rmtree(folder)
 
     def save(self, progress: Progress) -> Path:
-        """Write a checkpoint, then drop those that are neither the last two nor among the best."""
+        """Write a checkpoint, then drop those that are neither the last two nor among the best.
+
+        One that cannot be written leaves nothing behind. Raises: OSError.
+        """
         target = self._folder / _name(progress.step)
         part = target.with_name(target.name + ".part")
         part.mkdir()
         save_file(dict(progress.lora), part / LORA)
         torch.save(dict(progress.state), part / _STATE)
-        best = self._file_of(progress.best_step, target)
-        if best is not None:
-            shutil.copyfile(best, part / BEST)
+        for step in choose.candidates(progress.validations) - {progress.step}:
+            shutil.copyfile(self._file_of(step), part / _carried(step))
         about = {
             "format": _FORMAT,
             "step": progress.step,
@@ -139,8 +140,9 @@ class Checkpoints:
     def best_lora(self, progress: Progress) -> dict[str, Any]:
         """The tensors of the best step; the present ones where nothing was validated yet."""
         best = progress.best_step
-        file = self._file_of(best, self._folder) if best != progress.step else None
-        return load_file(file) if file is not None else dict(progress.lora)
+        if best in {None, progress.step}:
+            return dict(progress.lora)
+        return load_file(self._file_of(best))
 
     def adopt(self, found: Path) -> Progress:
         """Go on from a checkpoint of an earlier attempt, whose best weights become ours.
@@ -160,16 +162,15 @@ class Checkpoints:
                 shutil.rmtree(folder)
         return progress
 
-    def _file_of(self, step: int | None, target: Path) -> Path | None:
-        """The file with the LoRA of `step`, unless that is the very checkpoint being written."""
-        if step is None or target.name == _name(step):
-            return None
+    def _file_of(self, step: int) -> Path:
+        """The file with the LoRA of a step that may be the one to keep.
+
+        It is that step's own checkpoint, or every checkpoint since then carries it.
+        """
         own = self._folder / _name(step) / LORA
         if own.is_file():
             return own
-        # an earlier attempt's best, which each of its checkpoints carries
-        carried = [folder / BEST for folder in self._all() if (folder / BEST).is_file()]
-        return carried[-1] if carried else None
+        return self._all()[-1] / _carried(step)
 
     def _rotate(self, progress: Progress) -> None:
         folders = self._all()
@@ -262,11 +263,20 @@ def _read(folder: Path, belongs: Belongs) -> Progress:
             lora=load_file(folder / LORA),
             state=state,
             validations={
-                int(step): Validation(**seen) for step, seen in about["validations"].items()
+                int(step): _validation(seen) for step, seen in about["validations"].items()
             },
         )
     except _BROKEN as error:
         raise Unusable(f"{folder.name} cannot be read: {error}") from error
+
+
+def _validation(seen: Mapping[str, Any]) -> Validation:
+    levels = tuple((level, loss, stderr) for level, loss, stderr in seen["levels"])
+    return Validation(seen["loss"], seen["stderr"], levels, tuple(seen["cases"]))
+
+
+def _carried(step: int) -> str:
+    return f"best-{step:08d}.safetensors"
 
 
 def _describe(file: Path) -> dict[str, Any]:

@@ -1,14 +1,21 @@
 """The validation loss: the one number by which checkpoints are compared.
 
-A training loss is mostly the luck of its noise and noise levels. Here both are fixed: each picture
-has its own noise, drawn from its content and the seed, taken with both signs, at the middles of
-`LEVELS` equal strata of the family's density of noise levels. Two checkpoints thus differ by what
-they learned and by nothing else, and so do two runs of the same recipe.
+A training loss is mostly the luck of its noise and noise levels. Here both are fixed. A *case* is a
+picture at the middle of one of `LEVELS` equal strata of the family's density of noise levels, with
+noise of its own, drawn from its content and the seed, taken with both signs. Two checkpoints thus
+differ by what they learned and by nothing else, and so do two runs of the same recipe.
+
+Losses at different levels are of different sizes, and those where the base loses most would decide
+alone. So each level is weighted by the base model: its weight is the mean of the base's losses over
+its loss at this level. The loss of step 0 is then the plain mean; that of any other is as many
+times smaller as the losses are in the mean over the levels. The plain losses are told beside it.
+
+The standard error is that of the mean over cases. It tells how far the number may be from that of
+all noise on pictures like these; for two steps of one training see `choose`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -18,27 +25,35 @@ import torch
 
 from gpu_agent.lora import draws
 from gpu_agent.lora.cache import Sample, move, move_conditions
+from gpu_agent.lora.choose import Validation, standard_error
 from gpu_agent.lora.families.base import Conditions, Model
 from gpu_agent.lora.objective import Density
+from gpu_agent.recipe import Recipe
 
-#: Noise levels per picture.
+#: Noise levels.
 LEVELS = 4
-#: No more pictures than this are looked at, so that validation stays a small part of the time.
-MOST_PICTURES = 16
+#: Validation may take this share of a training's time.
+SHARE = 0.05
+#: A training step of one image in forward passes of validation, at least; 3.7 to 4.1 were measured
+#: on CPUs. With frozen weights there is no less to do than to go forward and back.
+STEP_COST = 3
+#: No more rounds than this, however long the training: errors fall with the root of their number.
+MOST_ROUNDS = 16
 #: Samples in one forward pass at most.
 _BATCH = 16
 
 
-@dataclass(frozen=True)
-class Validation:
-    """Mean loss and its standard error over pictures and noise levels."""
-
-    loss: float
-    stderr: float
+def rounds(recipe: Recipe) -> int:
+    """How many times the validation goes through the levels: what its share of time allows."""
+    images = recipe.validation_every * recipe.batch_size * recipe.gradient_accumulation
+    return min(MOST_ROUNDS, max(1, int(SHARE * STEP_COST * images) // (2 * LEVELS)))
 
 
 @dataclass(frozen=True)
-class _Case:
+class _Pass:
+    """One forward pass: a case with one sign of its noise. Cases are numbered level by level."""
+
+    case: int
     shape: tuple[int, ...]
     latents: Any
     text: str
@@ -52,16 +67,18 @@ class Evaluator:
     """Measures a model on the same cases each time it is asked.
 
     Args:
+        samples: as many as `rounds` times `LEVELS` of them are looked at, each at one level; of
+            fewer each is taken at several.
         encode: see `adapter.Trainable`.
-        beat: told before each forward pass how many of the cases are done; what it raises ends it.
+        beat: told before each forward pass how many are done, and of how many; what it raises ends
+            it.
     """
 
     def __init__(
         self,
         model: Model,
         samples: Sequence[Sample],
-        density: Density,
-        seed: int,
+        recipe: Recipe,
         device: Any,
         autocast: Callable[[], Any],
         encode: Callable[[Sequence[str]], Conditions],
@@ -72,51 +89,73 @@ class Evaluator:
         self._autocast = autocast
         self._encode = encode
         self._beat = beat
-        chosen = sorted(samples, key=lambda sample: sample.digest)[:MOST_PICTURES]
-        cases = [case for sample in chosen for case in _cases(model, sample, density, seed)]
-        self._cases = sorted(cases, key=lambda case: case.shape)
+        self._rounds = rounds(recipe)
+        passes = _passes(model, samples, recipe, self._rounds)
+        self._levels = torch.stack([one.level for one in passes[::2]])
+        self._passes = sorted(passes, key=lambda one: one.shape)
 
     @torch.no_grad()
-    def measure(self) -> Validation:
+    def measure(self, base: Validation | None) -> Validation:
+        """`base` is what the untrained model lost; None where it is the one being measured."""
         losses: list[Any] = []
-        for _, same_shape in groupby(self._cases, key=lambda case: case.shape):
-            cases = list(same_shape)
-            for start in range(0, len(cases), _BATCH):
-                self._beat(sum(map(len, losses)), len(self._cases))
-                losses.append(self._losses(cases[start : start + _BATCH]))
+        for _, same_shape in groupby(self._passes, key=lambda one: one.shape):
+            same = list(same_shape)
+            for start in range(0, len(same), _BATCH):
+                self._beat(sum(map(len, losses)), len(self._passes))
+                losses.append(self._losses(same[start : start + _BATCH]))
+        cases = torch.zeros(LEVELS * self._rounds, dtype=torch.double)
         # a case and its mirror image in noise are one observation
-        pairs = torch.cat(losses).cpu().double().view(-1, 2).mean(dim=1)
-        spread = float(pairs.std()) if len(pairs) > 1 else 0.0
-        return Validation(loss=float(pairs.mean()), stderr=spread / math.sqrt(len(pairs)))
+        numbers = torch.tensor([one.case for one in self._passes])
+        cases.index_add_(0, numbers, torch.cat(losses).cpu().double() / 2)
+        plain = cases.view(LEVELS, self._rounds)
+        means = plain.mean(dim=1)
+        first = torch.tensor([one[1] for one in base.levels], dtype=means.dtype) if base else means
+        weighted = (plain * (first.mean() / first)[:, None]).flatten()
+        told = tuple(weighted.tolist())
+        return Validation(
+            loss=float(weighted.mean()),
+            stderr=standard_error(told),
+            levels=tuple(
+                (float(level), float(mean), standard_error(tuple(some.tolist())))
+                for level, mean, some in zip(
+                    self._levels.view(LEVELS, -1).mean(dim=1), means, plain, strict=True
+                )
+            ),
+            cases=told,
+        )
 
-    def _losses(self, cases: Sequence[_Case]) -> Any:
+    def _losses(self, some: Sequence[_Pass]) -> Any:
         with self._autocast():
             return self._model.losses(
-                move([case.latents for case in cases], self._device),
-                move([case.noise for case in cases], self._device),
-                move([case.level for case in cases], self._device),
+                move([one.latents for one in some], self._device),
+                move([one.noise for one in some], self._device),
+                move([one.level for one in some], self._device),
                 {
-                    **move_conditions([case.conditions for case in cases], self._device),
-                    **self._encode([case.text for case in cases]),
+                    **move_conditions([one.conditions for one in some], self._device),
+                    **self._encode([one.text for one in some]),
                 },
-                None
-                if cases[0].mask is None
-                else move([case.mask for case in cases], self._device),
+                None if some[0].mask is None else move([one.mask for one in some], self._device),
             )
 
 
-def _cases(model: Model, sample: Sample, density: Density, seed: int) -> list[_Case]:
-    upright = sample.moments[:1]
-    still = torch.zeros_like(upright.chunk(2, dim=1)[0])
-    latents = model.draw_latents(upright, still)[0]
-    width, height = sample.bucket
-    levels = density.levels((torch.arange(LEVELS) + 0.5) / LEVELS, width * height)
-    cases = []
-    for number, level in enumerate(levels):
-        place = draws.generator(seed, "validation", sample.digest, number)
-        noise = torch.randn(latents.shape, generator=place)
-        cases += [
-            _Case(
+def _passes(model: Model, samples: Sequence[Sample], recipe: Recipe, count: int) -> list[_Pass]:
+    """All passes of all cases; both signs of a case stand side by side."""
+    chosen = sorted(samples, key=lambda sample: sample.digest)
+    density = Density.of(recipe)
+    quantiles = (torch.arange(LEVELS) + 0.5) / LEVELS
+    passes = []
+    for number in range(LEVELS * count):
+        place, turn = divmod(number, count)
+        # a round takes as many neighbours as there are levels; rounds begin far from each other
+        sample = chosen[(place + turn * len(chosen) // count) % len(chosen)]
+        latents = _mean_latents(model, sample)
+        width, height = sample.bucket
+        level = density.levels(quantiles[place : place + 1], width * height)[0]
+        drawn = draws.generator(recipe.seed, "validation", sample.digest, place, turn)
+        noise = torch.randn(latents.shape, generator=drawn)
+        passes += [
+            _Pass(
+                case=number,
                 shape=tuple(latents.shape),
                 latents=latents,
                 text=sample.texts[0],
@@ -127,4 +166,9 @@ def _cases(model: Model, sample: Sample, density: Density, seed: int) -> list[_C
             )
             for sign in (1, -1)
         ]
-    return cases
+    return passes
+
+
+def _mean_latents(model: Model, sample: Sample) -> Any:
+    upright = sample.moments[:1]
+    return model.draw_latents(upright, torch.zeros_like(upright.chunk(2, dim=1)[0]))[0]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
+import resource
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,12 +14,13 @@ from typing import Any
 
 import torch
 
-from gpu_agent.lora import draws, ema, optimizers
+from gpu_agent.lora import choose, draws, ema, optimizers
 from gpu_agent.lora.adapter import Trainable
 from gpu_agent.lora.cache import Sample, move, move_conditions
 from gpu_agent.lora.checkpoint import Checkpoints, Progress, Saver, Unusable
+from gpu_agent.lora.choose import Validation
 from gpu_agent.lora.errors import TrainingError
-from gpu_agent.lora.evaluate import Evaluator, Validation
+from gpu_agent.lora.evaluate import Evaluator
 from gpu_agent.lora.families.base import Conditions, Model
 from gpu_agent.lora.objective import Density
 from gpu_agent.lora.optimizers import learning_rate
@@ -41,7 +44,11 @@ class Deck:
 
 
 class Loop:
-    """Trains an adapter until the recipe's last step, or until a stop is ordered.
+    """Trains an adapter until the last step, or until patience is over or a stop is ordered.
+
+    Several processes share out the images of every step and sum their gradients, so each of them
+    has the same weights after it. The first one alone reports, validates, saves, paints and hears
+    orders; the others wait for it at the end of their next step.
 
     Args:
         accelerator: an `accelerate.Accelerator`; it owns device, autocast and gradient scaling.
@@ -101,6 +108,7 @@ class Loop:
             if some
         ]
         self._losses = torch.zeros(recipe.steps, device=self._device)
+        self._norms = torch.zeros(recipe.steps, device=self._device)
         self._reported = 0
         self._report_due = 0.0
         self._saved_step = 0
@@ -112,7 +120,8 @@ class Loop:
         """Continue from a checkpoint. Raises: Unusable, and nothing of it was taken."""
         state, untouched = progress.state, self._adapter.tensors()
         try:
-            losses, painted = state["losses"].to(self._device), int(state["painted"])
+            losses, norms = (state[key].to(self._device) for key in ("losses", "norms"))
+            painted = int(state["painted"])
             self._kept.resume(progress.lora, state["trained"])
             # empty where the other machine trained in bf16
             if self._accelerator.scaler is not None and state["scaler"]:
@@ -124,6 +133,7 @@ class Loop:
                 f"the checkpoint of step {progress.step} does not fit: {error}"
             ) from error
         self._losses[: progress.step] = losses
+        self._norms[: progress.step] = norms
         self._painted_step = painted
         self.validations = dict(progress.validations)
         self.step = self._reported = self._saved_step = progress.step
@@ -131,18 +141,26 @@ class Loop:
     def run(self) -> bool:
         """Train; True when all is done, False when stopped (a checkpoint is written)."""
         self._now = self._report_due = self._saved_at = time.monotonic()
+        if not self._accelerator.is_main_process:
+            while self.step < self._recipe.steps:
+                self._one_step()
+            return True
         if self.step:
             self._between_steps()  # what was due when it was stopped, and was left
-        while self.step < self._recipe.steps and not self._orders.stop:
+        while not (self._is_over() or self._orders.stop):
             self._one_step()
-            self.step += 1
             self._report()
             self._between_steps()
         self._report(at_once=True)
         if self._saved_step != self.step:
             self._save()
         self._saver.wait()
-        return self.step == self._recipe.steps and self.step in self.validations
+        return self._is_over() and self.step in self.validations
+
+    @property
+    def ended(self) -> str:
+        """Why there are no more steps: `steps`, all are done, or `patience`."""
+        return "steps" if self.step == self._recipe.steps else "patience"
 
     def validate(self) -> Validation:
         """Measure the present weights, as they would be kept, and say so.
@@ -152,11 +170,13 @@ class Loop:
             Stopped: a stop was ordered before it was done.
         """
         with self._kept.shown():
-            seen = self._evaluator.measure()
+            seen = self._evaluator.measure(self.validations.get(0))
         if not math.isfinite(seen.loss):
             raise _diverged(self.step)
         self.validations[self.step] = seen
-        self._events.emit("validation", step=self.step, loss=seen.loss, stderr=seen.stderr)
+        self._events.emit(
+            "validation", step=self.step, loss=seen.loss, stderr=seen.stderr, levels=seen.levels
+        )
         return seen
 
     def progress(self) -> Progress:
@@ -170,17 +190,18 @@ class Loop:
                 "optimizer": _copied(self._optimizer.state_dict()),
                 "scaler": scaler.state_dict() if scaler is not None else {},
                 "losses": self._losses[: self.step].cpu().clone(),
+                "norms": self._norms[: self.step].cpu().clone(),
                 "painted": self._painted_step,
             },
             validations=dict(self.validations),
         )
 
-    def history(self) -> list[tuple[int, float, float]]:
-        """Step (from 1), training loss and learning rate of every step done."""
-        losses = self._losses[: self.step].tolist()
+    def history(self) -> list[tuple[int, float, float, float]]:
+        """Step (from 1), training loss, learning rate and gradient norm of every step done."""
+        losses, norms = (kept[: self.step].tolist() for kept in (self._losses, self._norms))
         return [
-            (number, loss, learning_rate(self._recipe, number - 1))
-            for number, loss in enumerate(losses, start=1)
+            (number, loss, learning_rate(self._recipe, number - 1), norm)
+            for number, (loss, norm) in enumerate(zip(losses, norms, strict=True), start=1)
         ]
 
     # --- one step -----------------------------------------------------------------------------
@@ -192,24 +213,54 @@ class Loop:
             if part:
                 self._pulse.say("training", part, parts)
             for deck in self._decks:
-                loss = self._loss(deck, self.step * parts + part) * deck.weight / parts
-                self._accelerator.backward(loss)
-                self._losses[self.step] += loss.detach()
-        self._accelerator.clip_grad_norm_(self._adapter.parameters, self._recipe.max_grad_norm)
+                loss = self._loss(deck, self.step, part)
+                if loss is not None:
+                    loss = loss * (deck.weight / parts)
+                    self._accelerator.backward(loss)
+                    self._losses[self.step] += loss.detach()
+        if self._accelerator.num_processes > 1:
+            self._add_up()
+        parameters = self._adapter.parameters
+        norm = self._accelerator.clip_grad_norm_(parameters, self._recipe.max_grad_norm)
+        self._norms[self.step] = norm
         self._optimizer.step()
         self._optimizer.zero_grad()
         self._adapter.settle()
-        self._kept.follow(self.step + 1)
+        self.step += 1
+        self._kept.follow(self.step)
 
-    def _loss(self, deck: Deck, index: int) -> Any:
+    def _add_up(self) -> None:
+        """Sum the gradients and the loss of this step over all processes."""
+        parameters = self._adapter.parameters
+        for parameter in parameters:
+            if parameter.grad is None:  # this process had no image in this step
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [parameter.grad for parameter in parameters]
+        told = [*(gradient.flatten() for gradient in gradients), self._losses[self.step, None]]
+        summed = self._accelerator.reduce(torch.cat(told), reduction="sum")
+        *parts, self._losses[self.step] = summed.split([len(one) for one in told])
+        for gradient, part in zip(gradients, parts, strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+    def _loss(self, deck: Deck, step: int, part: int) -> Any:
+        """This process's share of the mean loss of a batch; None where it has no image in it."""
         recipe = self._recipe
+        index = step * recipe.gradient_accumulation + part
         batch = [deck.samples[number] for number in deck.batches.at(index)]
         place = draws.generator(recipe.seed, deck.name, index)
         size = len(batch)
+        # everyone draws for all, so that an image's draws do not depend on who takes it
         mirrored = torch.rand(size, generator=place).tolist()
         dropped = torch.rand(size, generator=place).tolist()
         quantiles = torch.rand(size, generator=place)
         said = torch.rand(size, generator=place).tolist()
+        doubled, *sides = batch[0].moments.shape[1:]
+        drawn = torch.randn((2, size, doubled // 2, *sides), generator=place)
+        mine = self._share(part)
+        batch = batch[mine]
+        if not batch:
+            return None
+        mirrored, dropped, said = mirrored[mine], dropped[mine], said[mine]
         views = [1 if recipe.flip and luck < 0.5 else 0 for luck in mirrored]
         moments = [sample.moments[view] for sample, view in zip(batch, views, strict=True)]
         conditions = [
@@ -230,16 +281,20 @@ class Loop:
                 [sample.mask[view] for sample, view in zip(batch, views, strict=True)],
                 self._device,
             )
-        channels, *sides = moments[0].shape
-        drawn = torch.randn((2, size, channels // 2, *sides), generator=place)
-        spread, noise = move(list(drawn), self._device)
+        spread, noise = move(list(drawn[:, mine]), self._device)
         latents = self._model.draw_latents(move(moments, self._device), spread)
         width, height = batch[0].bucket
-        (levels,) = move([self._density.levels(quantiles, width * height)], self._device)
+        (levels,) = move([self._density.levels(quantiles[mine], width * height)], self._device)
         with self._accelerator.autocast():
             told = {**move_conditions(conditions, self._device), **self._adapter.encode(texts)}
             losses = self._model.losses(latents, noise, levels, told, mask)
-        return (losses * self._model.objective.weights(levels, recipe)).mean()
+        return (losses * self._model.objective.weights(levels, recipe)).sum() / size
+
+    def _share(self, part: int) -> slice:
+        """Which images of a batch this process takes: the images of a step go round."""
+        count = self._accelerator.num_processes
+        before = part * self._recipe.batch_size
+        return slice((self._accelerator.process_index - before) % count, None, count)
 
     # --- between steps ------------------------------------------------------------------------
 
@@ -266,6 +321,11 @@ class Loop:
         # this pause is not the training's speed
         self._now = time.monotonic()
 
+    def _is_over(self) -> bool:
+        patience = self._recipe.patience
+        waited = choose.waited(self.validations)
+        return self.step == self._recipe.steps or 0 < patience <= waited
+
     def _is_due(self, every: int) -> bool:
         return every > 0 and (self.step % every == 0 or self.step == self._recipe.steps)
 
@@ -291,32 +351,53 @@ class Loop:
         now = time.monotonic()
         if self._reported == self.step or (now < self._report_due and not at_once):
             return
-        losses = self._losses[self._reported : self.step].tolist()
-        if not all(map(math.isfinite, losses)):
-            raise _diverged(self.step)
+        since = slice(self._reported, self.step)
+        losses, norms = (kept[since].tolist() for kept in (self._losses, self._norms))
+        for number, (loss, norm) in enumerate(zip(losses, norms, strict=True), self._reported + 1):
+            # a scaler leaves steps out whose gradients were too long for half precision
+            scaled = self._accelerator.scaler is not None
+            if not (math.isfinite(loss) and (scaled or math.isfinite(norm))):
+                raise _diverged(number)
         speed = len(losses) / max(now - self._now, 1e-9)
+        beside = {"steps_per_s": round(speed, 3), "memory_mib": _memory_mib(self._device)}
         self._events.emit(
             "progress",
             step=self.step,
             total=self._recipe.steps,
             loss=sum(losses) / len(losses),
             lr=learning_rate(self._recipe, self.step - 1),
-            steps_per_s=round(speed, 3),
+            gradient_norm=_finite(norms[-1]),
+            **beside,
             eta_s=round((self._recipe.steps - self.step) / speed, 1),
-            points=self._points(losses),
+            points=[*self._points(losses, norms), {"step": self.step, **beside}],
         )
         self._reported = self.step
         self._now = now
         self._report_due = now + _REPORT_EVERY
 
-    def _points(self, losses: Sequence[float]) -> list[list[float]]:
+    def _points(self, losses: Sequence[float], norms: Sequence[float]) -> list[list[float | None]]:
+        """Step, loss, learning rate and gradient norm; of several steps in one point the means."""
         size = -(-len(losses) // _MOST_POINTS)
         points = []
         for start in range(0, len(losses), size):
             some = losses[start : start + size]
+            norm = _finite(sum(norms[start : start + size]) / len(some))
             at = self._reported + start + len(some)
-            points.append([at, sum(some) / len(some), learning_rate(self._recipe, at - 1)])
+            rate = learning_rate(self._recipe, at - 1)
+            points.append([at, sum(some) / len(some), rate, norm])
         return points
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _memory_mib(device: Any) -> int:
+    """The most that was in use so far: of the GPU's memory, or of this process's."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device)) >> 20
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most >> (20 if sys.platform == "darwin" else 10)
 
 
 def _copied(value: Any) -> Any:
@@ -333,5 +414,6 @@ def _copied(value: Any) -> Any:
 def _diverged(step: int) -> TrainingError:
     return TrainingError(
         "training.diverged",
-        f"the loss is no number any more by step {step}; a lower learning rate may help",
+        f"the loss or its gradient is no number any more in step {step};"
+        " a lower learning rate may help",
     )

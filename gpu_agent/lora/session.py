@@ -18,9 +18,9 @@ from gpu_agent.lora.cache import Cache, origin_of
 from gpu_agent.lora.errors import JobError
 from gpu_agent.lora.evaluate import Evaluator
 from gpu_agent.lora.loop import Loop
-from gpu_agent.lora.objective import Density
 from gpu_agent.lora.paint import Painter
 from gpu_agent.lora.plan import Plan
+from gpu_agent.lora.ranks import Rank, share
 from gpu_agent.lora.talk import Events, Orders, Pulse, Stopped, mebibytes_touched
 from gpu_agent.recipe import Recipe
 
@@ -37,25 +37,28 @@ _BESIDE_THE_WEIGHTS = {
 _MODES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
 
 
-def train(plan: Plan, events: Events, orders: Orders) -> bool:
+def train(plan: Plan, events: Events, orders: Orders, rank: Rank | None = None) -> bool:
     """Train and write the result; False when stopped before the end.
+
+    Args:
+        rank: which of several processes this is; None where it is alone.
 
     Raises:
         TrainerError: it cannot go on.
     """
     try:
-        return _train(plan, events, orders)
+        return _train(plan, events, orders, rank)
     except Stopped:
         return False
 
 
-def _train(plan: Plan, events: Events, orders: Orders) -> bool:
+def _train(plan: Plan, events: Events, orders: Orders, rank: Rank | None) -> bool:
     """As `train`. Raises: Stopped, at a moment at which there was nothing to save."""
     pulse = Pulse(events, orders)
     job = plan.job
     for folder in (job.work_dir, job.output_dir):
         folder.mkdir(parents=True, exist_ok=True)
-    accelerator = _accelerator(job.recipe)
+    accelerator = _accelerator(job.recipe, rank)
     dtype = _MODES[accelerator.mixed_precision]
     with pulse.watched("loading", mebibytes_touched):
         model = plan.family.load(job.base_file, job.work_dir, job.recipe, accelerator.device, dtype)
@@ -112,8 +115,7 @@ def _train(plan: Plan, events: Events, orders: Orders) -> bool:
         evaluator=Evaluator(
             model,
             held,
-            Density.of(job.recipe),
-            job.recipe.seed,
+            job.recipe,
             accelerator.device,
             accelerator.autocast,
             adapter.encode,
@@ -125,9 +127,16 @@ def _train(plan: Plan, events: Events, orders: Orders) -> bool:
         pulse=pulse,
         draw_samples=painter.paint,
     )
-    refused = _resume(loop, checkpoints, job.resume_dir)
-    if loop.step == 0:
-        checkpoints.clear()
+    refused = None
+    if accelerator.is_main_process:
+        refused = _resume(loop, checkpoints, job.resume_dir)
+        if loop.step == 0:
+            checkpoints.clear()
+    if accelerator.num_processes > 1:
+        begun = share(accelerator, loop.progress())
+        if not accelerator.is_main_process:
+            loop.resume(begun)
+            return loop.run()
     if 0 not in loop.validations:
         loop.validate()
     events.emit(
@@ -143,6 +152,7 @@ def _train(plan: Plan, events: Events, orders: Orders) -> bool:
         resume_refused=refused,
         warnings=plan.warnings,
         device=accelerator.device.type,
+        processes=accelerator.num_processes,
         precision=accelerator.mixed_precision,
     )
     if not loop.run():
@@ -184,11 +194,13 @@ def _finish(
         loss_first=loop.validations[0].loss,
         loss_best=loop.validations[best].loss,
         best_step=best,
+        steps=progress.step,
+        ended=loop.ended,
         label=plan.split.label,
     )
 
 
-def _accelerator(recipe: Recipe) -> Accelerator:
+def _accelerator(recipe: Recipe, rank: Rank | None) -> Accelerator:
     """The device and the precision that the recipe asks for, or that suit the machine.
 
     Raises:
@@ -204,6 +216,8 @@ def _accelerator(recipe: Recipe) -> Accelerator:
         # TensorFloat-32 where something is left in fp32 (the VAE)
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
+    if rank is not None:
+        rank.join("nccl" if gpu else "gloo")
     return Accelerator(mixed_precision="no" if wanted == "fp32" else wanted, cpu=not gpu)
 
 

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from gpu_agent.lora.evaluate import Validation
+from gpu_agent.lora.choose import Validation
 
 BELONGS = {"recipe": "r", "dataset": "d", "base": "b"}
 

@@ -87,8 +87,9 @@ def test_a_training_killed_anywhere_goes_on_elsewhere_as_if_nothing_had_happened
 
 
 def points(events):
-    """Step, loss and rate of every step, as they were told while training."""
-    return [point for event in events if event["event"] == "progress" for point in event["points"]]
+    """Step, loss, rate and norm of every step, as they were told while training."""
+    told = [point for event in events if event["event"] == "progress" for point in event["points"]]
+    return [point for point in told if isinstance(point, list)]
 
 
 def files_of(completed):

@@ -60,8 +60,13 @@ def test_the_loss_of_every_step_is_told_and_kept(trained):
     assert [int(row["step"]) for row in rows] == list(range(19))
     assert [row["step"] for row in rows if row["validation_loss"]] == ["0", "6", "12", "18"]
     points = [point for event in heard.all("progress") for point in event["points"]]
-    assert points[-1][0] == 18
-    assert points[0][1] == pytest.approx(float(rows[1]["loss"]))
+    steps = [point for point in points if isinstance(point, list)]
+    assert steps[-1][0] == 18
+    for told, kept in zip(steps[0][1:], list(rows[1].values())[1:4], strict=True):
+        assert told == pytest.approx(float(kept))
+    assert all(float(row["gradient_norm"]) > 0 for row in rows[1:])
+    beside = [point for point in points if isinstance(point, dict)]
+    assert all(point["steps_per_s"] > 0 and point["memory_mib"] > 0 for point in beside)
     with Image.open(files["loss_curve.png"]) as image:
         assert image.format == "PNG"
 
