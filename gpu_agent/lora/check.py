@@ -89,7 +89,7 @@ def _render(pipeline: Any, side: int, steps: int) -> Any:
     import torch
 
     image = pipeline(
-        "a photo",
+        prompt="a photo",
         height=side,
         width=side,
         num_inference_steps=steps,

@@ -121,23 +121,24 @@ class Model(ABC):
         """Moments (n, 2 c, …), noise (n, c, …) → latents as the denoiser takes them."""
         mean, log_variance = moments.chunk(2, dim=1)
         drawn = mean + torch.exp(0.5 * log_variance.clamp(-30, 20)) * noise
-        return (drawn - self._vae_shift) * self._vae_scale
+        return self._scaled(drawn)
 
     @torch.no_grad()
     def decode(self, latents: Any) -> Any:
         """Latents (1, c, …, h, w) → a `PIL.Image`."""
         self.vae.to(self.device)
-        said = self.vae.decode(latents / self._vae_scale + self._vae_shift).sample
+        said = self.vae.decode(self._unscaled(latents)).sample
         self.vae.to("cpu")
         return image_of(said[0])
 
-    @property
-    def _vae_scale(self) -> Any:
-        return self.vae.config["scaling_factor"]
+    def _scaled(self, latents: Any) -> Any:
+        """The VAE's latents → the denoiser's."""
+        config = self.vae.config
+        return (latents - (config.get("shift_factor") or 0.0)) * config["scaling_factor"]
 
-    @property
-    def _vae_shift(self) -> Any:
-        return self.vae.config.get("shift_factor") or 0.0
+    def _unscaled(self, latents: Any) -> Any:
+        config = self.vae.config
+        return latents / config["scaling_factor"] + (config.get("shift_factor") or 0.0)
 
     def release_encoders(self, *, texts: bool) -> None:
         """Free what only `encode_image` and, with `texts`, what only `encode_texts` needs."""
