@@ -188,6 +188,17 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
     },
     "anima": {"resolution": 1024, "timestep_sampling": "logit_normal"},
 }
+#: On the Hugging Face hub, as diffusers folders: what a single file lacks comes from there.
+REPOSITORIES: Mapping[str, str] = {
+    "sd1": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "sd2": "stabilityai/stable-diffusion-2-1",
+    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
+    "sd3": "stabilityai/stable-diffusion-3.5-medium",
+    "flux": "black-forest-labs/FLUX.1-dev",
+    "lumina2": "Alpha-VLLM/Lumina-Image-2.0",
+    "hunyuanimage": "hunyuanvideo-community/HunyuanImage-2.1-Diffusers",
+    "anima": "circlestone-labs/Anima",
+}
 #: Those that predict the noise of a noise schedule; the others follow a straight flow.
 DIFFUSION = frozenset({"sd1", "sd2", "sdxl"})
 #: What only they know, and the value that says nothing.

@@ -256,6 +256,8 @@ class JobSpec:
         files_url: where fresh presigned URLs are asked for (see `docs/wire.md`).
         lease_ends_at: seconds since the epoch; later than this the agent destroys its instance.
         silence_limit_s: so long without any answer from the server, and it does the same.
+        base_parts: the other files of a base that is a folder, or what a single file lacks; named
+            as in a diffusers folder, they go beside `base`.
         resume: the files of the newest checkpoint, then of the one before it, where there are any.
         min_download_mbps: a machine whose big downloads are slower gives up; 0 takes any.
     """
@@ -275,13 +277,16 @@ class JobSpec:
     heartbeat_s: float = 10.0
     progress_s: float = 5.0
     resume: tuple[Download, ...] = ()
+    base_parts: tuple[Download, ...] = ()
     min_download_mbps: float = 0.0
     version: int = VERSION
 
     def to_bytes(self) -> bytes:
         value = dataclasses.asdict(self)
-        if not self.min_download_mbps:  # younger than the golden bytes: written where it matters
-            del value["min_download_mbps"]
+        # younger than the golden bytes: written where they matter
+        for key in ("min_download_mbps", "base_parts"):
+            if not value[key]:
+                del value[key]
         return json.dumps(value, separators=(",", ":")).encode()
 
     @classmethod
@@ -303,12 +308,13 @@ class JobSpec:
                 _number(value, key)
         if not isinstance(value.get("recipe"), dict):
             raise WireError("'recipe' must be an object")
-        resume = value.get("resume", [])
-        if not isinstance(resume, list):
-            raise WireError("'resume' must be a list")
+        for key in ("resume", "base_parts"):
+            listed = value.get(key, [])
+            if not isinstance(listed, list):
+                raise WireError(f"{key!r} must be a list")
+            taken[key] = tuple(_download(item, key) for item in listed)
         taken["dataset"] = _download(value.get("dataset"), "dataset")
         taken["base"] = _download(value.get("base"), "base")
-        taken["resume"] = tuple(_download(item, "resume") for item in resume)
         return cls(**taken)
 
 

@@ -31,6 +31,8 @@ spoken = logging.getLogger("gpu_agent.trainer")
 
 #: How a trainer ends that was told to stop and saved its state.
 STOPPED = 75
+#: The first file of a base that is a folder.
+FOLDER_INDEXES = frozenset({"model_index.json", "modular_model_index.json"})
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*")
 _ABOUT = ("loss_first", "loss_best", "best_step", "label")
 
@@ -157,7 +159,12 @@ class Work:
         for folder in (work, output):
             folder.mkdir(exist_ok=True)
         resumed = sum(item.bytes for item in spec.resume)
-        pull.check_space(home, 2 * spec.dataset.bytes + spec.base.bytes + resumed)
+        pull.check_space(
+            home,
+            2 * spec.dataset.bytes
+            + sum(item.bytes for item in (spec.base, *spec.base_parts))
+            + resumed,
+        )
         images, base, resume, _ = self._beside(
             [
                 ("images", self._pull_images),
@@ -185,13 +192,22 @@ class Work:
         return [side.result for side in sides]
 
     def _pull(
-        self, what: str, download: Download, path: Path, mismatch: str, fact: Fact | None
+        self,
+        what: str,
+        download: Download,
+        path: Path,
+        mismatch: str,
+        fact: Fact | None,
+        *,
+        before: int = 0,
+        of: int | None = None,
     ) -> Path:
+        """`before` bytes of `of` were pulled as other files of the same thing."""
         files = self._files()
 
         def progress(done: int, total: int) -> None:
             if fact is not None:
-                self._report(fact, {"bytes": done, "bytes_total": total})
+                self._report(fact, {"bytes": before + done, "bytes_total": of or total})
 
         path.parent.mkdir(parents=True, exist_ok=True)
         return pull.pull(
@@ -238,15 +254,24 @@ class Work:
         return {"seconds": round(time.monotonic() - began, 1), "mbps": self._line.mbps}
 
     def _pull_base(self) -> Path:
-        download = self._spec.base
-        name = re.sub(r"[^A-Za-z0-9._-]", "_", download.name)[-100:].lstrip(".") or "base"
-        path = self._home / "base" / (name.removesuffix(".safetensors") + ".safetensors")
-        began = time.monotonic()
-        self._pull("base", download, path, "model.checksum", Fact.MODEL_PROGRESS)
-        tensors = pull.check_safetensors(path)
-        size = path.stat().st_size
-        self._report(Fact.MODEL_READY, {"bytes": size, "tensors": tensors, **self._speed(began)})
-        return path
+        """A single file, what it lacks beside it; or a folder."""
+        main, parts = self._spec.base, self._spec.base_parts
+        folder, began = self._home / "base", time.monotonic()
+        paths = {"base": (main, folder / _base_name(main.name))}
+        for part in parts:
+            if not _NAME.fullmatch(part.name):
+                raise Fault("model.unsafe", f"{part.name!r} is no name for a file", retryable=False)
+            paths[f"base/{part.name}"] = (part, folder / part.name)
+        total, done, tensors = sum(item.bytes for item in (main, *parts)), 0, 0
+        for what, (download, path) in paths.items():
+            self._pull(
+                what, download, path, "model.checksum", Fact.MODEL_PROGRESS, before=done, of=total
+            )
+            if path.suffix == ".safetensors":
+                tensors += pull.check_safetensors(path)
+            done += path.stat().st_size
+        self._report(Fact.MODEL_READY, {"bytes": done, "tensors": tensors, **self._speed(began)})
+        return folder if main.name in FOLDER_INDEXES else folder / _base_name(main.name)
 
     def _pull_resume(self) -> Path | None:
         """A folder of checkpoints: this machine's own after a restart, else the spec's.
@@ -478,3 +503,10 @@ def _crash(code: int, last_lines: Sequence[str]) -> Fault:
     else:
         why = f"ended with {code}"
     return Fault("trainer.crashed", f"the trainer {why}", retryable=True)
+
+
+def _base_name(name: str) -> str:
+    if name in FOLDER_INDEXES:
+        return name
+    plain = re.sub(r"[^A-Za-z0-9._-]", "_", name)[-100:].lstrip(".") or "base"
+    return plain.removesuffix(".safetensors") + ".safetensors"

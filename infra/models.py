@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import quote, unquote, urljoin, urlsplit
 
+from gpu_agent.recipe import REPOSITORIES
 from gpu_agent.wire import Download
-from infra import guard
+from infra import guard, model_folders
 from infra.settings import Settings
 from infra.storage import Storage
 from state.errors import StokerError
@@ -41,6 +43,16 @@ class BaseError(StokerError):
     def __init__(self, message: str, *, code: str, retryable: bool = False) -> None:
         super().__init__(message)
         self.code, self.retryable = code, retryable
+
+
+@dataclass(frozen=True)
+class _Repository:
+    """Of the hub, at one commit: its files by path."""
+
+    what: str
+    repo: str
+    commit: str
+    files: Mapping[str, Mapping[str, Any]]
 
 
 class BaseResolver:
@@ -79,11 +91,15 @@ class BaseResolver:
             private=settings.private_bases,
         )
 
-    def resolve(self, base: str, family: str = "", *, allow_pickle: bool = False) -> Download:
-        """The download of `base`: `civitai:<version>`, `hf:<owner>/<repo>[@<revision>][/<file>]`,
-        `s3:bases/<name>` or `https://…[#sha256=<hex>]`.
+    def resolve(
+        self, base: str, family: str = "sd1", *, allow_pickle: bool = False
+    ) -> tuple[Download, ...]:
+        """The downloads of `base`: `civitai:<version>`, `hf:<owner>/<repo>[@<revision>][/<file>]`,
+        `s3:bases/<name>`, `s3:bases/<folder>/` or `https://…[#sha256=<hex>]`.
 
-        `family` is what the base is said to be; it is only used to say which model failed.
+        One for a single file; more, the first of which is `model_index.json`, for a diffusers
+        folder. What a single file of `family` lacks (encoders, tokenizers) follows it, named as
+        in a diffusers folder, from the family's own repository.
 
         Raises:
             BaseError: no such model, no right to it, not a safetensors file, or the place does
@@ -93,13 +109,16 @@ class BaseResolver:
         try:
             match kind:
                 case "civitai":
-                    return self._from_civitai(rest, allow_pickle)
+                    return self._whole(self._from_civitai(rest, allow_pickle), family)
                 case "hf":
-                    return self._from_hub(rest, allow_pickle)
+                    return self._from_hub(rest, family, allow_pickle)
+                case "s3" if rest.endswith("/"):
+                    return self._from_stored_folder(rest)
                 case "s3":
-                    return self._from_storage(rest, allow_pickle)
+                    return self._whole(self._from_storage(rest, allow_pickle), family)
                 case "https" | "http":
-                    return self._from_url(base, allow_pickle)
+                    found = self._from_url(base, allow_pickle)
+                    return self._whole(found, family, private=self._private)
                 case _:
                     pass
         except guard.GuardRefused as exc:
@@ -135,33 +154,97 @@ class BaseResolver:
 
     # Hugging Face
 
-    def _from_hub(self, address: str, allow_pickle: bool) -> Download:
+    def _from_hub(self, address: str, family: str, allow_pickle: bool) -> tuple[Download, ...]:
         what = f"hf:{address}"
         named = _HUGGING_FACE.fullmatch(address)
         if named is None:
             raise BaseError(f"{_shown(what)} names no repository", code="model.bad_address")
-        repo, revision = quote(named["repo"]), quote(named["revision"] or "main", safe="")
-        headers = _bearer(self._hub_token)
-        record = self._record(
-            what, f"{self._hub}/api/models/{repo}/revision/{revision}?blobs=true", headers
-        )
-        file = _hub_file(what, record, named["file"], allow_pickle)
-        name = str(file["rfilename"])
+        there = self._repository(what, named["repo"], named["revision"] or "main")
+        if named["file"] is None and not there.files.keys().isdisjoint(model_folders.INDEXES):
+            paths = model_folders.folder_files(there.files)
+            parts = [self._hub_part(there, name, path) for name, path in paths.items()]
+            return tuple(sorted(parts, key=lambda part: part.name not in model_folders.INDEXES))
+        path = _hub_file(what, there.files, named["file"], allow_pickle)
+        return self._whole(self._hub_part(there, _file_name(path), path), family)
+
+    def _repository(self, what: str, repo: str, revision: str) -> _Repository:
+        place = f"{quote(repo)}/revision/{quote(revision, safe='')}?blobs=true"
+        record = self._record(what, f"{self._hub}/api/models/{place}", _bearer(self._hub_token))
+        rows = record.get("siblings")
+        files = {
+            row["rfilename"]: row
+            for row in (rows if isinstance(rows, list) else ())
+            if isinstance(row, dict) and isinstance(row.get("rfilename"), str)
+        }
         # the commit, so that bytes and hash belong together whatever is pushed meanwhile
-        commit = quote(str(record.get("sha") or revision), safe="")
-        place = f"{self._hub}/{repo}/resolve/{commit}/{quote(name)}"
-        url = self._signed(what, place, headers, "HF_TOKEN")
+        return _Repository(what, repo, str(record.get("sha") or revision), files)
+
+    def _hub_part(self, there: _Repository, name: str, path: str) -> Download:
+        file, headers = there.files[path], _bearer(self._hub_token)
+        commit = quote(there.commit, safe="")
+        place = f"{self._hub}/{quote(there.repo)}/resolve/{commit}/{quote(path)}"
         large = file.get("lfs")
         large = large if isinstance(large, dict) else {}
         size = large.get("size", file.get("size"))
         if not isinstance(size, int) or size <= 0:
-            raise _unreadable(what, "does not say how large the file is")
-        return Download(
-            url=url,
-            name=_file_name(name),
-            bytes=size,
-            sha256=_sha256(what, large.get("sha256", "")),
+            raise _unreadable(there.what, f"does not say how large {path} is")
+        if large or self._storage is None:
+            url = self._signed(there.what, place, headers, "HF_TOKEN")
+            return Download(
+                url=url, name=name, bytes=size, sha256=_sha256(there.what, large.get("sha256", ""))
+            )
+        # the hub has no addresses without a key for its small files, so we keep a copy
+        key = f"{STORED_PREFIX}hub/{there.repo}/{there.commit}/{path}"
+        if self._storage.head(key) is None:
+            answer = self._ask(place, headers, _LARGEST_RECORD)
+            _check_status(there.what, answer)
+            self._storage.put_bytes(key, answer.body)
+            size = len(answer.body)
+        return Download(url=self._storage.presign_get(key), name=name, bytes=size)
+
+    def _whole(self, file: Download, family: str, *, private: bool = True) -> tuple[Download, ...]:
+        """A single file and what it lacks, from its family's own repository."""
+        if family not in model_folders.OFTEN_PARTIAL:
+            return (file,)
+        tensors = self._tensors(file, private)
+        what = f"hf:{REPOSITORIES[family]}"
+        there = self._repository(what, REPOSITORIES[family], "main")
+        paths = model_folders.folder_files(there.files)
+        wanted = model_folders.lacking(tensors, {name.partition("/")[0] for name in paths})
+        parts = [
+            self._hub_part(there, name, path)
+            for name, path in paths.items()
+            if name.partition("/")[0] in wanted
+        ]
+        return (file, *parts)
+
+    def _tensors(self, file: Download, private: bool) -> list[str]:
+        """The names of the tensors in a safetensors file, by its header alone."""
+        start = self._range(file, 0, 8, private)
+        length = int.from_bytes(start, "little")
+        if not 2 <= length <= min(_LARGEST_RECORD, file.bytes - 8):
+            raise BaseError(f"{file.name} is no safetensors file", code="model.not_safetensors")
+        try:
+            return list(json.loads(self._range(file, 8, length, private)))
+        except (ValueError, RecursionError, TypeError):
+            raise _unreadable(file.name, "has a header that is not JSON") from None
+
+    def _range(self, file: Download, start: int, size: int, private: bool) -> bytes:
+        headers = {"Range": f"bytes={start}-{start + size - 1}", "Accept-Encoding": "identity"}
+        answer = self._http(
+            "GET",
+            file.url,
+            headers=headers,
+            timeout=_TIMEOUT_S,
+            allow_private=private,
+            # some servers ignore the range and send it all
+            limit=start + size,
         )
+        _check_status(file.name, answer)
+        body = answer.body if answer.status == 206 else answer.body[start : start + size]
+        if len(body) < size:
+            raise _unreadable(file.name, "ends too early")
+        return body
 
     # our own store
 
@@ -178,6 +261,22 @@ class BaseResolver:
             raise BaseError(f"{what} is not in the store", code="model.not_found")
         url = self._storage.presign_get(key)
         return Download(url=url, name=_file_name(key), bytes=size)
+
+    def _from_stored_folder(self, prefix: str) -> tuple[Download, ...]:
+        what = f"s3:{prefix}"
+        if not prefix.startswith(STORED_PREFIX) or ".." in prefix or self._storage is None:
+            raise BaseError(
+                f"{_shown(what)}: base models lie below s3:{STORED_PREFIX}",
+                code="model.bad_address",
+            )
+        sizes = {item.key[len(prefix) :]: item.bytes for item in self._storage.list_prefix(prefix)}
+        if sizes.keys().isdisjoint(model_folders.INDEXES):
+            raise BaseError(f"{what} has no model_index.json", code="model.not_found")
+        parts = [
+            Download(url=self._storage.presign_get(prefix + path), name=name, bytes=sizes[path])
+            for name, path in model_folders.folder_files(sizes).items()
+        ]
+        return tuple(sorted(parts, key=lambda part: part.name not in model_folders.INDEXES))
 
     # any address
 
@@ -333,20 +432,13 @@ def _civitai_file(what: str, record: Mapping[str, Any], allow_pickle: bool) -> d
     return models[0]
 
 
-def _hub_file(
-    what: str, record: Mapping[str, Any], wanted: str | None, allow_pickle: bool
-) -> dict[str, Any]:
-    rows = record.get("siblings")
-    files: dict[str, dict[str, Any]] = {
-        row["rfilename"]: row
-        for row in (rows if isinstance(rows, list) else ())
-        if isinstance(row, dict) and isinstance(row.get("rfilename"), str)
-    }
+def _hub_file(what: str, files: Iterable[str], wanted: str | None, allow_pickle: bool) -> str:
+    """The path of the file that is wanted, or of the one model at the repository's top."""
     if wanted is not None:
         if wanted not in files:
             raise BaseError(f"{what}: the repository has no such file", code="model.not_found")
         _refuse_pickle(what, wanted, allow_pickle)
-        return files[wanted]
+        return wanted
     models = sorted(name for name in files if "/" not in name and name.endswith(".safetensors"))
     if len(models) != 1:
         raise BaseError(
@@ -358,7 +450,7 @@ def _hub_file(
             ),
             code="model.ambiguous" if models else "model.not_found",
         )
-    return files[models[0]]
+    return models[0]
 
 
 def _refuse_pickle(what: str, name: str, allow_pickle: bool) -> None:

@@ -67,7 +67,7 @@ class Services:
     def bases(self) -> BaseResolver:
         return BaseResolver.from_settings(self.settings, self.storage)
 
-    def resolve_base(self, request: JobRequest) -> wire.Download:
+    def resolve_base(self, request: JobRequest) -> tuple[wire.Download, ...]:
         return self.bases.resolve(request.base, request.base_family)
 
 

@@ -32,6 +32,7 @@ MAX_FILES = 100
 #: Checkpoints that a later attempt is offered: the newest, and one to fall back to.
 OFFERED = 2
 CHECKPOINTS = "checkpoints/"
+BASE_PARTS = "base/"
 MAX_FILE_BYTES = 5 * 10**9
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -186,7 +187,8 @@ class Doorkeeper:
                 _log.warning("a bootstrap token came twice with different nonces; revoked")
             self._waker(job.id, record.wakes(job))
 
-    def base(self, job: Job) -> wire.Download:
+    def base(self, job: Job) -> Sequence[wire.Download]:
+        """The base model's own file, then its parts."""
         try:
             return self._deps.resolve_base(job.request)
         except StokerError as error:
@@ -225,7 +227,7 @@ class Doorkeeper:
         self,
         seen: record.Admission,
         dataset: wire.Download,
-        base: wire.Download,
+        base: Sequence[wire.Download],
         resume: tuple[wire.Download, ...],
         secret: str,
     ) -> wire.JobSpec:
@@ -235,7 +237,8 @@ class Doorkeeper:
             job=seen.job.id,
             attempt=attempt,
             dataset=dataset,
-            base=base,
+            base=base[0],
+            base_parts=tuple(base[1:]),
             base_family=request.base_family,
             method=request.method,
             recipe=dict(request.recipe),
@@ -352,7 +355,8 @@ def _file(item: object) -> tuple[str, int, str]:
 
 def _is_gettable(what: object) -> bool:
     return isinstance(what, str) and (
-        what in ("dataset", "base") or (what.startswith(CHECKPOINTS) and len(what) <= 200)
+        what in ("dataset", "base")
+        or (what.startswith((CHECKPOINTS, BASE_PARTS)) and len(what) <= 200)
     )
 
 
@@ -398,8 +402,10 @@ class FileDesk:
         got: dict[str, Any] = {}
         if dataset is not None:
             got["dataset"] = asdict(dataset)
-        if "base" in wanted.get:
-            got["base"] = asdict(self._doorkeeper.base(job))
+        if any(what == "base" or what.startswith(BASE_PARTS) for what in wanted.get):
+            file, *parts = self._doorkeeper.base(job)
+            named = {"base": file, **{BASE_PARTS + part.name: part for part in parts}}
+            got |= {what: asdict(named[what]) for what in wanted.get & named.keys()}
         for item in kept:
             # without an address the agent knows that it need not try again
             if self._deps.storage.head(item.key) == item.bytes:

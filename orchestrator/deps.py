@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -54,7 +54,7 @@ class Deps:
         clock: aware UTC now.
         wake: `wake("allocate", job_id)` rings a doorbell; called after commit only, its failure
             is logged and costs nothing but latency.
-        resolve_base: the short-lived download of a job's base model.
+        resolve_base: the short-lived downloads of a job's base model: its own file, then parts.
         ready_checks: by part; None is well, a text says what is wrong.
         pause: waits so many seconds; long polls use it.
         metrics_dir: where the processes of one server share their counters; None for one process.
@@ -65,7 +65,7 @@ class Deps:
     clock: Callable[[], datetime]
     wake: Callable[[str, str], None] = field(repr=False)
     bundle: Bundle = field(repr=False)
-    resolve_base: Callable[[JobRequest], wire.Download]
+    resolve_base: Callable[[JobRequest], Sequence[wire.Download]]
     settings: Settings
     ready_checks: Mapping[str, Callable[[], str | None]] = field(default_factory=dict)
     pause: Callable[[float], None] = time.sleep

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 
 from flask import Flask, Response, request
@@ -38,7 +38,7 @@ def edge(env: Mapping[str, str] = os.environ) -> Flask:
     """The real edge and the real store; wake-ups go nowhere."""
     store = SqlStore(env["DATABASE_URL"], SecretBox([Secret(env["STOKER_SECRET_KEYS"])]))
 
-    def no_base(_: JobRequest) -> wire.Download:
+    def no_base(_: JobRequest) -> Sequence[wire.Download]:
         raise LookupError("the bench has no base models")
 
     return create_app(

@@ -270,6 +270,7 @@ records = st.dictionaries(
 @SETTINGS
 @given(
     st.sampled_from(["civitai:1", "hf:a/b", "hf:a/b@c/d.safetensors", "https://m.example/x?y"]),
+    st.sampled_from(["sd1", "flux"]),
     st.lists(
         st.builds(
             guard.Response,
@@ -283,7 +284,9 @@ records = st.dictionaries(
         max_size=3,
     ),
 )
-def test_any_answer_about_a_base_model_is_a_model_or_its_error(base: str, answers: Any) -> None:
+def test_any_answer_about_a_base_model_is_a_model_or_its_error(
+    base: str, family: str, answers: Any
+) -> None:
     told = iter([*answers, *answers[-1:] * 20])
     resolver = BaseResolver(
         None,
@@ -292,7 +295,7 @@ def test_any_answer_about_a_base_model_is_a_model_or_its_error(base: str, answer
         http=lambda *args, **named: next(told),
     )
     with contextlib.suppress(BaseError):
-        assert resolver.resolve(base).bytes >= 0
+        assert all(part.bytes >= 0 for part in resolver.resolve(base, family))
 
 
 # --- requests -------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from gpu_agent.lora.errors import JobError, ModelError
 from gpu_agent.lora.families import ldm
-from gpu_agent.recipe import Recipe
+from gpu_agent.recipe import REPOSITORIES, Recipe
 
 if TYPE_CHECKING:
     from gpu_agent.lora.families.base import Model
@@ -34,7 +34,6 @@ class Family:
         pipelines: what `model_index.json` calls such a model.
         components: the folders of a diffusers model that hold weights.
         marks: parts of tensor names; a single file in which all occur is of this family.
-        repository: on the Hugging Face hub; what a single file lacks comes from there.
         architecture: its name in `modelspec.architecture`.
         kohya_version: its name in `ss_base_model_version`.
     """
@@ -45,9 +44,13 @@ class Family:
     pipelines: tuple[str, ...]
     components: tuple[str, ...]
     marks: tuple[str, ...]
-    repository: str
     architecture: str
     kohya_version: str
+
+    @property
+    def repository(self) -> str:
+        """On the Hugging Face hub; what a single file lacks comes from there."""
+        return REPOSITORIES[self.name]
 
     def check(self, base: Path) -> str:
         """Read a base's names without torch; returns a fingerprint.
@@ -162,7 +165,6 @@ _ROWS = (
         pipelines=("StableDiffusionXLPipeline",),
         components=("unet", "vae", "text_encoder", "text_encoder_2"),
         marks=("model.diffusion_model.input_blocks.", "conditioner.embedders.1."),
-        repository="stabilityai/stable-diffusion-xl-base-1.0",
         architecture="stable-diffusion-xl-v1-base",
         kohya_version="sdxl_base_v1-0",
     ),
@@ -173,7 +175,6 @@ _ROWS = (
         pipelines=("StableDiffusionPipeline",),
         components=("unet", "vae", "text_encoder"),
         marks=("model.diffusion_model.input_blocks.", "cond_stage_model.model."),
-        repository="stabilityai/stable-diffusion-2-1",
         architecture="stable-diffusion-v2-768-v",
         kohya_version="sd_v2",
     ),
@@ -184,7 +185,6 @@ _ROWS = (
         pipelines=("StableDiffusionPipeline",),
         components=("unet", "vae", "text_encoder"),
         marks=("model.diffusion_model.input_blocks.", "cond_stage_model.transformer."),
-        repository="stable-diffusion-v1-5/stable-diffusion-v1-5",
         architecture="stable-diffusion-v1",
         kohya_version="sd_v1",
     ),
@@ -196,7 +196,6 @@ _ROWS = (
         components=("transformer", "vae", "text_encoder", "text_encoder_2"),
         # HunyuanVideo 1.5 has no single blocks
         marks=("double_blocks.", "single_blocks.", "byt5_in."),
-        repository="hunyuanvideo-community/HunyuanImage-2.1-Diffusers",
         architecture="hunyuan-image-2.1",
         kohya_version="hunyuan-image-2.1",
     ),
@@ -208,7 +207,6 @@ _ROWS = (
         components=("transformer", "vae", "text_encoder", "text_encoder_2"),
         # Chroma and FLUX.2 have no vector_in, HunyuanVideo no img_attn.qkv
         marks=("double_blocks.", "single_blocks.", ".img_attn.qkv.", "vector_in."),
-        repository="black-forest-labs/FLUX.1-dev",
         architecture="flux-1-dev",
         kohya_version="flux1",
     ),
@@ -219,7 +217,6 @@ _ROWS = (
         pipelines=("StableDiffusion3Pipeline",),
         components=("transformer", "vae", "text_encoder", "text_encoder_2"),
         marks=("joint_blocks.", "x_embedder.proj."),
-        repository="stabilityai/stable-diffusion-3.5-medium",
         architecture="stable-diffusion-3",
         kohya_version="sd3m",
     ),
@@ -231,7 +228,6 @@ _ROWS = (
         components=("transformer", "vae", "text_encoder"),
         # Z-Image's modulation is a single layer
         marks=("noise_refiner.", "cap_embedder.", "layers.0.adaLN_modulation.1."),
-        repository="Alpha-VLLM/Lumina-Image-2.0",
         architecture="lumina-2",
         kohya_version="lumina2",
     ),
@@ -242,7 +238,6 @@ _ROWS = (
         pipelines=("AnimaModularPipeline", "AnimaAutoBlocks"),
         components=("transformer", "vae", "text_encoder", "text_conditioner"),
         marks=("llm_adapter.",),
-        repository="circlestone-labs/Anima",
         architecture="anima",
         kohya_version="anima",
     ),

@@ -274,6 +274,7 @@ class _Handler(BaseHTTPRequestHandler):
         }
         offered = {"dataset": spec.dataset, "base": spec.base}
         offered |= {item.name: item for item in spec.resume if item.name in stoker.objects}
+        offered |= {f"base/{item.name}": item for item in spec.base_parts}
         get = {
             what: {
                 "url": stoker.address_of(what),

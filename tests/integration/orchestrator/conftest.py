@@ -82,6 +82,7 @@ class Edge:
     woken: list[tuple[str, str]] = field(default_factory=list)
     faults: dict[str, str | None] = field(default_factory=dict)
     base_error: Exception | None = None
+    base_parts: tuple[wire.Download, ...] = ()
 
     def __post_init__(self) -> None:
         self.deps = Deps(
@@ -99,12 +100,13 @@ class Edge:
         )
         self.app = create_app(self.deps)
 
-    def _resolve(self, request: JobRequest) -> wire.Download:
+    def _resolve(self, request: JobRequest) -> tuple[wire.Download, ...]:
         if self.base_error:
             raise self.base_error
-        return wire.Download(
+        file = wire.Download(
             url="https://models.test/base?sig=1", name="base.safetensors", bytes=7, sha256="ab" * 32
         )
+        return (file, *self.base_parts)
 
     def client(self) -> FlaskClient:
         return self.app.test_client()

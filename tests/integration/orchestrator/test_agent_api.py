@@ -53,6 +53,15 @@ def test_hello_gives_a_job_and_nothing_that_outlives_it(edge):
     assert "agent.hello" in edge.events(job.id)
 
 
+def test_a_base_of_many_files_is_told_whole_and_each_can_be_asked_for_again(edge):
+    part = wire.Download(url="https://cdn.test/v?sig=1", name="vae/config.json", bytes=2)
+    edge.base_parts = (part,)
+    agent = edge.agent()
+    assert agent.spec.base_parts == (part,)
+    answer = agent.files({"get": ["base/vae/config.json", "base/nothing.json"]})
+    assert set(answer.get_json()["get"]) == {"base/vae/config.json"}
+
+
 def test_a_lost_answer_is_given_again(edge):
     edge.rent(edge.job())
     first = wire.JobSpec.from_bytes(edge.hello().data)

@@ -15,7 +15,7 @@ def test_stored_base_model_becomes_a_short_lived_url(
 ) -> None:
     storage.put_bytes("bases/sd15/model.safetensors", b"model")
     resolver = BaseResolver.from_settings(s3_settings, storage)
-    found = resolver.resolve("s3:bases/sd15/model.safetensors")
+    (found,) = resolver.resolve("s3:bases/sd15/model.safetensors")
     assert (found.name, found.bytes) == ("model.safetensors", 5)
     assert requests.get(found.url, timeout=20).content == b"model"
 

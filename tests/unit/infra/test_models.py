@@ -7,12 +7,13 @@ import struct
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from infra.models import BaseError, BaseResolver
 from infra.settings import Settings
+from infra.storage import Storage, Stored
 from state.events import Secret
 
 SHA256 = "AB" * 32
@@ -103,7 +104,7 @@ def civitai(place: Place, *files: dict[str, Any], to: str = SIGNED) -> None:
 
 def test_civitai_version_becomes_a_signed_url_without_our_key(place: Place) -> None:
     civitai(place, civitai_file())
-    found = resolver(place).resolve("civitai:7", "sd1")
+    (found,) = resolver(place).resolve("civitai:7", "sd1")
     assert found.url == SIGNED
     assert (found.name, found.bytes, found.sha256) == ("dreamy_v1.safetensors", 2560, "ab" * 32)
     assert [path for path, _ in place.asked] == [
@@ -117,19 +118,19 @@ def test_civitai_version_becomes_a_signed_url_without_our_key(place: Place) -> N
 def test_civitai_prefers_a_safetensors_file_to_a_primary_pickle(place: Place) -> None:
     pickle = civitai_file(name="dreamy.ckpt")
     civitai(place, pickle, civitai_file(primary=False, name="b.safetensors"))
-    assert resolver(place).resolve("civitai:7").name == "b.safetensors"
+    assert resolver(place).resolve("civitai:7")[0].name == "b.safetensors"
     civitai(place, pickle)
     with pytest.raises(BaseError) as caught:
         resolver(place).resolve("civitai:7")
     assert (caught.value.code, caught.value.retryable) == ("model.pickle", False)
-    assert resolver(place).resolve("civitai:7", allow_pickle=True).name == "dreamy.ckpt"
+    assert resolver(place).resolve("civitai:7", allow_pickle=True)[0].name == "dreamy.ckpt"
 
 
 def test_key_goes_to_no_other_host_than_civitais(place: Place) -> None:
     other = Place()
     try:
         civitai(place, civitai_file(), to=other.url + "/file.safetensors")
-        assert resolver(place).resolve("civitai:7").url == other.url + "/file.safetensors"
+        assert resolver(place).resolve("civitai:7")[0].url == other.url + "/file.safetensors"
         civitai(place, civitai_file(downloadUrl=other.url + "/api/download/models/9"))
         with pytest.raises(BaseError):
             resolver(place).resolve("civitai:7")
@@ -231,7 +232,7 @@ def hub(place: Place, *names: str, **file: Any) -> None:
 
 def test_hub_repository_with_one_model_needs_no_file_name(place: Place) -> None:
     hub(place, "README.md", "unet/model.safetensors", "sd15.safetensors")
-    found = resolver(place).resolve("hf:a/b")
+    (found,) = resolver(place).resolve("hf:a/b")
     assert (found.url, found.name, found.bytes) == (SIGNED, "sd15.safetensors", 500)
     assert found.sha256 == "cd" * 32
     assert place.asked[-1][1]["authorization"] == "Bearer hub-canary"
@@ -239,11 +240,11 @@ def test_hub_repository_with_one_model_needs_no_file_name(place: Place) -> None:
 
 def test_hub_file_and_revision_can_be_named(place: Place) -> None:
     hub(place, "unet/model.safetensors", "sd15.safetensors")
-    assert resolver(place).resolve("hf:a/b/unet/model.safetensors").name == "model.safetensors"
+    assert resolver(place).resolve("hf:a/b/unet/model.safetensors")[0].name == "model.safetensors"
     place.answers["/api/models/a/b/revision/v2?blobs=true"] = place.answers[
         "/api/models/a/b/revision/main?blobs=true"
     ]
-    assert resolver(place).resolve("hf:a/b@v2/sd15.safetensors").name == "sd15.safetensors"
+    assert resolver(place).resolve("hf:a/b@v2/sd15.safetensors")[0].name == "sd15.safetensors"
 
 
 def test_hub_repository_without_one_clear_model_says_what_there_is(place: Place) -> None:
@@ -260,7 +261,7 @@ def test_hub_repository_that_was_renamed_is_followed(place: Place) -> None:
     hub(place, "x.safetensors")
     place.redirect("/a/b/resolve/c0ffee/x.safetensors", "/new/b/resolve/c0ffee/x.safetensors")
     place.redirect("/new/b/resolve/c0ffee/x.safetensors", SIGNED)
-    assert resolver(place).resolve("hf:a/b").url == SIGNED
+    assert resolver(place).resolve("hf:a/b")[0].url == SIGNED
     place.redirect("/new/b/resolve/c0ffee/x.safetensors", "/a/b/resolve/c0ffee/x.safetensors")
     with pytest.raises(BaseError, match="address to address"):
         resolver(place).resolve("hf:a/b")
@@ -275,11 +276,11 @@ def ranged(headers: dict[str, str]) -> Answer:
 def test_any_address_is_looked_at_before_it_is_handed_on(place: Place) -> None:
     place.answers["/m/my%20model.safetensors?sig=1"] = ranged
     address = place.url + "/m/my%20model.safetensors?sig=1"
-    found = resolver(place).resolve(address)
+    (found,) = resolver(place).resolve(address)
     assert (found.url, found.name) == (address, "my_model.safetensors")
     assert (found.bytes, found.sha256) == (len(MODEL), "")
     place.answers["/whole"] = (200, {}, MODEL)
-    found = resolver(place).resolve(f"{place.url}/whole#sha256={SHA256}")
+    (found,) = resolver(place).resolve(f"{place.url}/whole#sha256={SHA256}")
     assert (found.url, found.bytes, found.sha256) == (
         place.url + "/whole",
         len(MODEL),
@@ -291,7 +292,7 @@ def test_any_address_is_looked_at_before_it_is_handed_on(place: Place) -> None:
 def test_redirects_of_an_address_are_each_checked(place: Place) -> None:
     place.redirect("/a", "/b", 302)
     place.answers["/b"] = ranged
-    assert resolver(place).resolve(place.url + "/a").url == place.url + "/b"
+    assert resolver(place).resolve(place.url + "/a")[0].url == place.url + "/b"
     place.redirect("/b", "http://169.254.169.254/latest", 302)
     with pytest.raises(BaseError) as caught:
         resolver(place).resolve(place.url + "/a")
@@ -334,3 +335,137 @@ def test_address_of_no_known_form_is_refused(place: Place, base: str) -> None:
 def test_settings_hold_all_that_a_resolver_needs() -> None:
     made = BaseResolver.from_settings(Settings(civitai_api_key=Secret("canary")), None)
     assert "canary" not in repr(made)
+
+
+# --- models of many files ---------------------------------------------------------------------
+
+
+class Shelf:
+    """Our own store, as far as base models need it."""
+
+    def __init__(self) -> None:
+        self.objects: dict[str, bytes] = {}
+
+    def head(self, key: str) -> int | None:
+        return len(self.objects[key]) if key in self.objects else None
+
+    def put_bytes(self, key: str, body: bytes) -> None:
+        self.objects[key] = body
+
+    def presign_get(self, key: str) -> str:
+        return f"https://s3.example/{key}?signed"
+
+    def list_prefix(self, prefix: str) -> list[Stored]:
+        return [
+            Stored(key=key, bytes=len(body)) for key, body in self.objects.items() if prefix in key
+        ]
+
+
+def repository(place: Place, repo: str, large: list[str], small: list[str]) -> None:
+    rows = [
+        {"rfilename": name, "size": 500, "lfs": {"size": 500, "sha256": SHA256}} for name in large
+    ]
+    rows += [{"rfilename": name, "size": 2} for name in small]
+    place.json(f"/api/models/{repo}/revision/main?blobs=true", {"sha": "c0ffee", "siblings": rows})
+    for name in large:
+        place.redirect(f"/{repo}/resolve/c0ffee/{name}", f"https://cdn.example/{name}?s=1", 302)
+    for name in small:
+        place.answers[f"/{repo}/resolve/c0ffee/{name}"] = (200, {}, b"{}")
+
+
+def shelved(place: Place, shelf: Shelf) -> BaseResolver:
+    token = Secret("hub-canary")
+    return BaseResolver(
+        cast(Storage, shelf),
+        civitai_url=place.url,
+        huggingface_url=place.url,
+        huggingface_token=token,
+        private=True,
+    )
+
+
+def test_hub_repository_of_a_diffusers_model_comes_as_its_files(place: Place) -> None:
+    """Half precision where there is one; small files by way of our store, without our token."""
+    repository(
+        place,
+        "a/b",
+        large=[
+            "unet/model.safetensors",
+            "unet/model.fp16.safetensors",
+            "vae/model.safetensors",
+            "vae/model.bin",
+            "all-in-one.safetensors",
+        ],
+        small=["model_index.json", "unet/config.json", "tokenizer/merges.txt", "README.md"],
+    )
+    shelf = Shelf()
+    found = {part.name: part for part in shelved(place, shelf).resolve("hf:a/b", "sdxl")}
+    assert next(iter(found)) == "model_index.json"
+    assert set(found) == {
+        "model_index.json",
+        "unet/config.json",
+        "unet/model.safetensors",
+        "vae/model.safetensors",
+        "tokenizer/merges.txt",
+    }
+    assert "fp16" in found["unet/model.safetensors"].url
+    assert found["unet/config.json"].url.startswith("https://s3.example/bases/hub/a/b/c0ffee/")
+    assert "canary" not in repr([part.url for part in found.values()])
+
+
+def test_small_files_of_a_repository_are_copied_once(place: Place) -> None:
+    repository(place, "a/b", large=[], small=["model_index.json"])
+    shelf = Shelf()
+    for _ in range(2):
+        shelved(place, shelf).resolve("hf:a/b", "sd1")
+    assert [path for path, _ in place.asked].count("/a/b/resolve/c0ffee/model_index.json") == 1
+
+
+def single(*names: str) -> bytes:
+    header = json.dumps({name: {} for name in names}).encode()
+    return struct.pack("<Q", len(header)) + header + b"0" * 100
+
+
+FLUX = "black-forest-labs/FLUX.1-dev"
+
+
+@pytest.mark.parametrize(
+    ("tensors", "folders"),
+    [
+        (("double_blocks.0.x",), {"vae", "text_encoder", "tokenizer"}),
+        (("double_blocks.0.x", "vae.decoder.x"), {"text_encoder", "tokenizer"}),
+        (("vae.decoder.x", "text_encoders.t5xxl.x"), {"tokenizer"}),
+    ],
+)
+def test_what_a_single_file_lacks_comes_from_its_familys_repository(
+    place: Place, tensors: tuple[str, ...], folders: set[str]
+) -> None:
+    repository(
+        place,
+        FLUX,
+        large=[f"{name}/model.safetensors" for name in ("transformer", "vae", "text_encoder")],
+        small=["model_index.json", "tokenizer/merges.txt"],
+    )
+    place.answers["/x"] = (200, {}, single(*tensors))
+    file, *parts = shelved(place, Shelf()).resolve(place.url + "/x", "flux")
+    assert file.url == place.url + "/x"
+    assert {part.name.partition("/")[0] for part in parts} == folders
+
+
+def test_a_whole_family_asks_no_repository_for_the_rest(place: Place) -> None:
+    place.answers["/x"] = (200, {}, MODEL)
+    assert len(shelved(place, Shelf()).resolve(place.url + "/x", "sdxl")) == 1
+
+
+def test_a_folder_of_our_own_store_is_a_base(place: Place) -> None:
+    shelf = Shelf()
+    for name in ("model_index.json", "unet/config.json", "unet/model.safetensors", "notes.md"):
+        shelf.objects[f"bases/mine/{name}"] = b"{}"
+    found = shelved(place, shelf).resolve("s3:bases/mine/", "sd1")
+    assert [part.name for part in found] == [
+        "model_index.json",
+        "unet/config.json",
+        "unet/model.safetensors",
+    ]
+    with pytest.raises(BaseError, match=r"model_index\.json"):
+        shelved(place, shelf).resolve("s3:bases/other/", "sd1")

@@ -165,7 +165,7 @@ def house(clock: Callable[[], Any]) -> House:
             clock=clock,
             wake=lambda task, subject: None,
             bundle=nothing,
-            resolve_base=lambda request: wire.Download(url="u", name="n", bytes=1),
+            resolve_base=lambda request: (wire.Download(url="u", name="n", bytes=1),),
             settings=Settings(),
         )
     )
