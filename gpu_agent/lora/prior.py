@@ -9,6 +9,7 @@ disk for a training that goes on or comes again there.
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def painted(
                     "prior", before + done, count * steps
                 ),
             )
-            part = file.with_suffix(".part")
+            part = file.with_suffix(f".{os.getpid()}")  # several processes may paint
             image.save(part, "PNG")
             part.replace(file)
         pictures.append(
