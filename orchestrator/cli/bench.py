@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ from rich.table import Table
 
 from infra import embedded
 from infra.settings import Settings
-from orchestrator.cli.console import err, out, print_json
+from orchestrator.cli.console import CliError, err, out, print_json
 from state.events import Secret
 
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
@@ -27,10 +28,10 @@ Row = tuple[str, str, str]
 
 def register(app: typer.Typer) -> None:
     group = typer.Typer(
-        help="Measure this machine, beside its own limits. Takes a minute or two each.",
+        help="Measure this machine, beside its own limits. Takes a few minutes each.",
         no_args_is_help=True,
     )
-    for command in (webhooks, latency, reconcile):
+    for command in (webhooks, latency, reconcile, trainer):
         group.command()(command)
     app.add_typer(group, name="bench")
 
@@ -77,6 +78,67 @@ def reconcile(
 
     with _database() as url:
         _show(bench.run(url, passes=passes, say=_say), _reconcile_rows, as_json=as_json)
+
+
+def trainer(
+    against: Annotated[
+        Path | None,
+        typer.Option(
+            "--against",
+            metavar="PATH",
+            help="Beside it: diffusers' train_text_to_image_lora.py, a file of yours.",
+        ),
+    ] = None,
+    python: Annotated[
+        Path, typer.Option(help="The Python that has what the script imports.")
+    ] = Path(sys.executable),
+    photos: Annotated[
+        Path | None, typer.Option(help="A folder of photographs; default: scikit-image's.")
+    ] = None,
+    family: Annotated[str, typer.Option(help="Of the base model.")] = "sd1",
+    size: Annotated[str, typer.Option(help="tiny, or full: the published geometry.")] = "tiny",
+    steps: Annotated[int, typer.Option(min=3, help="Of each training.")] = 60,
+    repeats: Annotated[int, typer.Option(min=1, help="Trainings of each trainer.")] = 3,
+    resolution: Annotated[int, typer.Option(min=64, max=2048, help="Pixels.")] = 256,
+    batch: Annotated[int, typer.Option(min=1, max=64, help="Images per step.")] = 1,
+    rank: Annotated[int, typer.Option(min=1, max=512, help="Of the LoRA.")] = 16,
+    precision: Annotated[
+        str, typer.Option(help="fp32 or bf16; default: bf16 on a GPU, else fp32.")
+    ] = "",
+    threads: Annotated[int, typer.Option(min=0, help="0: as many as processors.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Steps per second, time to the first step and memory of the trainer, beside another one.
+
+    Example: stoker bench trainer --against train_text_to_image_lora.py --json
+    """
+    from orchestrator.bench import trainer as bench
+    from orchestrator.cli.demo import skimage_photos
+
+    where = bench.machine()
+    work = bench.Work(
+        family=family,
+        size=size,
+        steps=steps,
+        repeats=repeats,
+        resolution=resolution,
+        batch_size=batch,
+        rank=rank,
+        threads=threads or where["cpus"],
+        precision=precision or ("bf16" if where["gpu"] else "fp32"),
+    )
+    other = bench.Other(against.absolute(), python.absolute()) if against else None
+    root = Settings.from_env().data_dir
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="bench-", dir=root) as folder:
+        place = Path(folder)
+        try:
+            measured = bench.run(
+                photos or skimage_photos(place / "photos"), place, work, other, _say
+            )
+        except bench.BenchFailed as failed:
+            raise CliError("a trainer did not do its work", str(failed)) from None
+    _show(measured, _trainer_rows, as_json=as_json)
 
 
 # --- where ------------------------------------------------------------------------------------
@@ -208,3 +270,25 @@ def _reconcile_rows(measured: Mapping[str, Any]) -> list[Row]:
             f"the pass takes {ratios['few_to_commits_alone']} of it",
         ),
     ]
+
+
+def _trainer_rows(measured: Mapping[str, Any]) -> list[Row]:
+    bars, ratio = measured["bar"], measured["ratio"]
+    rows: list[Row] = []
+    units = {
+        "steps_per_s": ("steps/s", ""),
+        "cpu_s_per_step": ("processor s per step", ""),
+        "first_step_s": ("s to the first step", f"bar: {bars['first_step_s']:.0f} (tiny)"),
+        "wall_s": ("s in all", ""),
+        "rss_mb": ("MB of memory at most", ""),
+        "gpu_mb": ("MB of the GPU at most", ""),
+    }
+    for name, figures in measured["trainers"].items():
+        for key, spread in figures.items():
+            unit, bar = units[key]
+            beside = f"{spread['min']} to {spread['max']}"
+            rows.append((f"{name}: {unit}", f"{spread['median']}", f"{beside}  {bar}".strip()))
+    if ratio:
+        beside = f"{ratio['min']} to {ratio['max']}  bar: at least {bars['ratio']}"
+        rows.append(("steps/s to the other's", f"{ratio['median']}", beside))
+    return rows

@@ -1,0 +1,77 @@
+"""Makes a base model with random weights for `stoker bench trainer`.
+
+::
+
+    python -m gpu_agent.lora.bench OUT --family sd1 --size tiny|full
+
+OUT becomes a diffusers folder, which every trainer reads. `full` has the published geometry of the
+family: 860 M parameters of UNet for sd1. How fast a step is does not depend on the weights' values.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from gpu_agent.lora import families, tiny_base
+from gpu_agent.lora.families import ldm
+from gpu_agent.lora.families.clip_words import BYTE_WORDS, tokenizer_for
+from gpu_agent.lora.hush import hush_libraries
+
+#: Families whose published configuration is known without a download.
+FULL = ("sd1",)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="gpu_agent.lora.bench", description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--family", default="sd1")
+    parser.add_argument("--size", default="tiny", choices=["tiny", "full"])
+    asked = parser.parse_args(arguments)
+    hush_libraries()
+    if asked.size == "tiny":
+        tiny(asked.out, asked.family)
+    elif asked.family in FULL:
+        full(asked.out)
+    else:
+        parser.error(f"full is known for {', '.join(FULL)}, not for {asked.family}")
+
+
+def tiny(out: Path, family: str) -> None:
+    """The tests' tiny model, as a folder."""
+    module = import_module(f"gpu_agent.lora.families.{families.family(family).module}")
+    with tempfile.TemporaryDirectory() as work:
+        made = tiny_base.write(Path(work) / "tiny.safetensors", 0, family)
+        if made.is_dir():
+            made.rename(out)
+        else:
+            module.pipeline(made, Path(work) / "config").save_pretrained(out)
+
+
+def full(out: Path) -> None:
+    """Stable Diffusion 1.5 as it is published, but untrained and with CLIP's bytes for words."""
+    import torch
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    def config(folder: str) -> dict[str, Any]:
+        return ldm.SD1.template(f"{folder}/config.json")
+
+    torch.manual_seed(0)
+    UNet2DConditionModel.from_config(config("unet")).save_pretrained(out / "unet")
+    AutoencoderKL.from_config(config("vae")).save_pretrained(out / "vae")
+    text = CLIPTextConfig(**config("text_encoder"))
+    CLIPTextModel(text).save_pretrained(out / "text_encoder")
+    length = text.max_position_embeddings
+    tokenizer_for(BYTE_WORDS, length, out).save_pretrained(out / "tokenizer")
+    scheduler = DDIMScheduler.from_config(ldm.SD1.template("scheduler/scheduler_config.json"))
+    scheduler.save_pretrained(out / "scheduler")
+    (out / "model_index.json").write_text(json.dumps(ldm.SD1.template("model_index.json")))
+
+
+if __name__ == "__main__":
+    main()
