@@ -197,7 +197,7 @@ REPOSITORIES: Mapping[str, str] = {
     "flux": "black-forest-labs/FLUX.1-dev",
     "lumina2": "Alpha-VLLM/Lumina-Image-2.0",
     "hunyuanimage": "hunyuanvideo-community/HunyuanImage-2.1-Diffusers",
-    "anima": "circlestone-labs/Anima",
+    "anima": "circlestone-labs/Anima-Base-v1.0-Diffusers",
 }
 #: Those that predict the noise of a noise schedule; the others follow a straight flow.
 DIFFUSION = frozenset({"sd1", "sd2", "sdxl"})

@@ -265,7 +265,7 @@ def _unet(shapes: Mapping[str, tuple[int, ...]], layout: Layout) -> dict[str, An
         up_block_types=["CrossAttnUpBlock2D" if deep else "UpBlock2D" for deep in reversed(depths)],
     )
     if layout is not SD1:
-        config["attention_head_dim"] = [width // _HEAD for width in widths]
+        config["attention_head_dim"] = [max(1, width // _HEAD) for width in widths]
     if layout is SDXL:
         config["transformer_layers_per_block"] = [max(1, depth) for depth in depths]
         # the pooled text beside the six numbers of the framing

@@ -7,8 +7,8 @@ from pathlib import Path
 from gpu_agent.lora.families import ldm
 from gpu_agent.lora.tiny import latent_diffusion
 
-#: Multiples of 64 (attention heads).
-UNET_WIDTHS = (64, 64, 64, 64)
+#: Multiples of 32 (normalisation groups); an attention head has at most 64.
+UNET_WIDTHS = (32, 64, 64, 64)
 TEXT_WIDTH = 64
 
 
@@ -20,7 +20,7 @@ def write(out: Path, seed: int) -> None:
         ldm.SD2,
         unet={
             "block_out_channels": UNET_WIDTHS,
-            "attention_head_dim": [width // 64 for width in UNET_WIDTHS],
+            "attention_head_dim": [1, 1, 1, 1],
             "cross_attention_dim": TEXT_WIDTH,
         },
         encoders={"text_encoder": TEXT_WIDTH},
