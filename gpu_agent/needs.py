@@ -100,8 +100,9 @@ GEOMETRIES: Mapping[str, Geometry] = {
         linear=0.85,
         blocks=70,
         adapter=(1.45, 2.85),
-        kept=(7.58, 9.0),
+        kept=(7.27, 8.6),
         again=(0.67, 0.9),
+        fixed=(0.10, 0.0),
         encoders=3.05,
     ),
     "sd3": Geometry(
@@ -213,6 +214,8 @@ CONTEXT = 0.9
 FRAGMENTED = 1.06
 #: A decoder that does not fit goes over the image in tiles of 512 px.
 _TILE = 0.25
+#: GB of disk for the agent's image, the dataset, caches, checkpoints and results.
+_DISK_BESIDES = 25.0
 _GIB = 2**30
 
 
@@ -298,6 +301,13 @@ def rungs(recipe: Recipe, family: str) -> tuple[tuple[float, float], ...]:
         if not found or wants < found[-1][0]:
             found.append((wants, way.slowness))
     return tuple(reversed(found))
+
+
+def disk(family: str) -> float:
+    """GB of disk that a training of the family takes, its base model's files first of all."""
+    geometry = GEOMETRIES[family]
+    base = geometry.parameters * 2.0 + (geometry.encoders + geometry.vae) * _GIB / 1e9
+    return float(math.ceil(base + _DISK_BESIDES))
 
 
 def _as_offered(gib: float) -> float:

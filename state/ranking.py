@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from statistics import fmean
 
+from gpu_agent import needs
 from gpu_agent.recipe import Recipe
 from state import hosts as memory
 from state import policy
@@ -36,6 +37,20 @@ GPU_SPEED: dict[str, float] = {
     "H100 PCIE": 1.50,
 }
 UNKNOWN_GPU_SPEED = 0.3
+#: GB of memory by GPU, as the market counts them; a customer may ask for a GPU by name.
+GPU_MEMORY: dict[str, float] = {
+    "RTX 3060": 12.288,
+    "RTX 3090": 24.576,
+    "RTX 4090": 24.564,
+    "RTX 5090": 32.607,
+    "RTX A5000": 24.564,
+    "RTX A6000": 49.14,
+    "L40S": 46.068,
+    "A100 SXM4": 81.92,
+    "A100 PCIE": 81.92,
+    "H100 SXM": 81.559,
+    "H100 PCIE": 81.559,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +68,12 @@ class Workload:
     boot_s: float = 120.0
     #: What is lost of the training when a machine goes, at most.
     checkpoint_s: float = 120.0
+    #: How much slower it trains on less memory than it could use: (GB, factor), most memory last.
+    rungs: tuple[tuple[float, float], ...] = ()
+
+    def slowness(self, vram_gb: float) -> float:
+        """That of the highest rung that a GPU of so many GB reaches."""
+        return next((slow for least, slow in reversed(self.rungs) if least <= vram_gb), 1.0)
 
 
 #: Guessed seconds on an RTX 4090 for one image of 512 px, forward and back.
@@ -74,6 +95,7 @@ def workload(request: JobRequest, dataset_bytes: int) -> Workload:
         dataset_bytes=dataset_bytes,
         training_s=training_s,
         checkpoint_s=min(training_s, recipe.checkpoint_s or training_s),
+        rungs=needs.rungs(recipe, request.base_family),
     )
 
 
@@ -154,7 +176,7 @@ def expect(
     incoming = work.image_bytes + work.base_bytes + work.dataset_bytes
     boot, download_s = boot_s(work, host), incoming * 8 / (known.download_mbps(offer) * 1e6)
     speed = known.speed(offer)
-    training_s = work.training_s / speed
+    training_s = work.training_s * work.slowness(offer.vram_gb) / speed
     hours = (boot + download_s + training_s) / 3600
     traffic = incoming / 1e9 * offer.download_price
     money = hours * offer.price + traffic + work.output_bytes / 1e9 * offer.upload_price

@@ -6,7 +6,7 @@ import hashlib
 import json
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -14,7 +14,7 @@ from flask import Response, request
 from flask_openapi.blueprint import APIBlueprint
 from flask_openapi.models.tag import Tag
 
-from gpu_agent import wire
+from gpu_agent import needs, wire
 from gpu_agent.recipe import Recipe, RecipeError
 from orchestrator.api import auth, idempotency, present, schemas
 from orchestrator.api import datasets as datasets_api
@@ -24,7 +24,7 @@ from orchestrator.api.ids import new_id, plausible
 from orchestrator.api.problems import Refusal
 from orchestrator.deps import Deps
 from orchestrator.waker import Waker
-from state import record
+from state import ranking, record
 from state.errors import NotFound
 from state.events import Artefact, Secret
 from state.job import GpuNeeds, Job, JobRequest
@@ -64,8 +64,12 @@ def check(body: schemas.JobIn, *, private_bases: bool, private_webhooks: bool) -
     """Raises: Refusal 422 with every fault that can be seen without asking anybody."""
     faults: list[tuple[str, str]] = []
     recipe: dict[str, Any] = {}
+    gpu = GpuNeeds(**{**body.gpu.model_dump(), "gpu_names": tuple(body.gpu.gpu_names)})
     try:
-        recipe = Recipe.from_dict(body.recipe, body.base_family).to_dict()
+        checked = Recipe.from_dict(body.recipe, body.base_family)
+        recipe, gpu = checked.to_dict(), _enough(gpu, checked, body.base_family)
+        if fault := _fault_of_names(gpu):
+            faults.append(("/gpu/gpu_names", fault))
     except RecipeError as error:
         faults += [
             ("/recipe/" + key.replace("~", "~0").replace("/", "~1"), why)
@@ -84,7 +88,7 @@ def check(body: schemas.JobIn, *, private_bases: bool, private_webhooks: bool) -
             method=body.method,
             base_family=body.base_family,
             recipe=recipe,
-            gpu=GpuNeeds(**{**body.gpu.model_dump(), "gpu_names": tuple(body.gpu.gpu_names)}),
+            gpu=gpu,
             max_cost=body.max_cost,
             max_attempts=body.max_attempts,
             interruptible=body.interruptible,
@@ -93,6 +97,27 @@ def check(body: schemas.JobIn, *, private_bases: bool, private_webhooks: bool) -
             metadata=dict(body.metadata),
         ),
         secret=_secret(body.webhook),
+    )
+
+
+def _enough(gpu: GpuNeeds, recipe: Recipe, family: str) -> GpuNeeds:
+    """The needs, with no less memory and disk than the training takes."""
+    (least, _), *_ = needs.rungs(recipe, family)
+    return replace(
+        gpu,
+        min_vram_gb=max(gpu.min_vram_gb, least),
+        disk_gb=max(gpu.disk_gb, needs.disk(family)),
+    )
+
+
+def _fault_of_names(gpu: GpuNeeds) -> str | None:
+    """None where at least one of the GPUs that are asked for may have the memory."""
+    known = [ranking.GPU_MEMORY.get(name, gpu.min_vram_gb) for name in gpu.gpu_names]
+    if not known or max(known) >= gpu.min_vram_gb:
+        return None
+    return (
+        f"have at most {max(known):g} GB, and the training takes {gpu.min_vram_gb:g} GB; "
+        "name a larger GPU, or let the recipe say a smaller resolution or base_precision nf4"
     )
 
 

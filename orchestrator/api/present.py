@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from datetime import datetime
 from typing import Any
 
@@ -106,6 +107,7 @@ def job(
         "method": request.method,
         "base_family": request.base_family,
         "recipe": dict(request.recipe),
+        "gpu": {**asdict(request.gpu), "gpu_names": list(request.gpu.gpu_names)},
         "max_attempts": request.max_attempts,
         "interruptible": request.interruptible,
         "interruptions": value.interruptions,

@@ -132,11 +132,20 @@ class DatasetPath(BaseModel):
 class GpuIn(In):
     """What the machine must have."""
 
-    min_vram_gb: Annotated[float, Field(ge=1, le=1000)] = 8.0
+    min_vram_gb: Annotated[
+        float,
+        Field(
+            ge=1,
+            le=1000,
+            description="raised to what the recipe takes; the job's `gpu` says what was chosen",
+        ),
+    ] = 8.0
     gpu_names: Annotated[
         list[Annotated[str, Field(pattern=r"^[A-Za-z0-9 ._-]{1,40}$")]], Field(max_length=20)
     ] = []
-    disk_gb: Annotated[float, Field(ge=10, le=2000)] = 40.0
+    disk_gb: Annotated[
+        float, Field(ge=10, le=2000, description="raised to what the base model takes")
+    ] = 40.0
     max_price: Annotated[
         int, Field(ge=1, le=100_000_000, description="micro-USD per hour, whole machine")
     ] = 2_000_000
@@ -330,6 +339,7 @@ class Job(JobSummary):
     method: str
     base_family: str
     recipe: dict[str, Any]
+    gpu: dict[str, Any] = Field(description="what machines are looked for, in effect")
     max_attempts: int
     interruptible: bool
     interruptions: int = Field(description="attempts lost to higher bids; they are no tries")

@@ -39,6 +39,37 @@ def test_a_job_is_ordered_and_shown(edge, client, alice, soon):
     soon(lambda: ("allocate", job["id"]) in edge.woken)
 
 
+def test_an_order_asks_for_no_gpu_that_is_too_small_for_its_model(edge, client, alice):
+    small = {"min_vram_gb": 12.0, "disk_gb": 40.0}
+    body = order(edge, base_family="flux", gpu=small)
+    job = client.post("/v1/jobs", json=body, headers=alice).json
+    assert job["gpu"]["min_vram_gb"] > 16, "a 12 GB card would be paid for and be of no use"
+    assert job["gpu"]["disk_gb"] > 40
+    body = order(edge, base_family="sd1", gpu=small)
+    assert client.post("/v1/jobs", json=body, headers=alice).json["gpu"]["min_vram_gb"] == 12.0
+
+
+def test_an_order_may_say_how_its_model_fits_a_small_gpu(edge, client, alice):
+    recipe = {"base_precision": "nf4", "resolution": 512}
+    body = order(edge, base_family="sdxl", gpu={"min_vram_gb": 6.0}, recipe=recipe)
+    named = {**body, "gpu": {"min_vram_gb": 6.0, "gpu_names": ["RTX 3060"]}}
+    assert client.post("/v1/jobs", json=named, headers=alice).status_code == 202
+    whole = {**recipe, "base_precision": "same", "gradient_checkpointing": "off"}
+    usual = client.post("/v1/jobs", json={**body, "recipe": whole}, headers=alice).json
+    rounded = client.post("/v1/jobs", json=body, headers=alice).json
+    assert rounded["gpu"]["min_vram_gb"] < usual["gpu"]["min_vram_gb"]
+
+
+def test_an_order_for_gpus_that_are_all_too_small_is_refused(edge, client, alice, problem):
+    gpu = {"gpu_names": ["RTX 3060"]}
+    body = order(edge, base_family="flux", gpu=gpu)
+    (fault,) = problem(client.post("/v1/jobs", json=body, headers=alice), 422)["errors"]
+    assert fault["pointer"] == "/gpu/gpu_names"
+    assert "12.288 GB" in fault["detail"]
+    gpu["gpu_names"].append("RTX 4090")
+    assert client.post("/v1/jobs", json=body, headers=alice).status_code == 202
+
+
 def test_a_job_may_be_ordered_before_its_images_are_there(edge, client, alice):
     dataset = edge.dataset(status=DatasetStatus.OPEN)
     answer = client.post(

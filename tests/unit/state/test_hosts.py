@@ -249,3 +249,12 @@ def test_a_choice_explains_itself() -> None:
     second = choice.explain(offers[1])
     assert second.startswith("RTX 4090 on m2")
     assert "no offer is fit" in ranking.choose([], ranking.Workload(), now=NOW).explain()
+
+
+def test_a_gpu_on_which_a_training_must_save_memory_is_expected_to_take_longer():
+    work = ranking.Workload(rungs=((16.5, 1.8), (28.0, 1.4), (55.5, 1.0)))
+    times = [
+        ranking.expect(offer(1, vram_gb=gb), work, ranking.Knowledge()).training_s
+        for gb in (24.5, 46.0, 81.0)
+    ]
+    assert times == pytest.approx([1.8 * times[2], 1.4 * times[2], times[2]])
