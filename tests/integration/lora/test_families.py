@@ -8,7 +8,9 @@ from gpu_agent.lora import tiny_base
 from gpu_agent.lora.families import family
 
 #: Family, and the least share by which 100 steps must lower its validation loss.
-FAMILIES = {"sd1": 0.15, "flux": 0.15, "sd3": 0.15, "lumina2": 0.25}
+FAMILIES = {"sd1": 0.15, "flux": 0.15, "sd3": 0.15, "lumina2": 0.25, "hunyuanimage": 0.25}
+#: Where 64 pixels are too few latents.
+RESOLUTIONS = {"hunyuanimage": 128}
 SEEDS = (0, 1)
 RECIPE = {
     "steps": 100,
@@ -39,7 +41,8 @@ def trainings(base_of, tmp_path_factory, workshop_in):
     workshop = workshop_in(tmp_path_factory.mktemp(f"{name}-trained"))
     heard = {}
     for seed in SEEDS:
-        job = workshop.job(f"seed-{seed}", base=base, family=name, seed=seed, **RECIPE)
+        recipe = {**RECIPE, "seed": seed, "resolution": RESOLUTIONS.get(name, 64)}
+        job = workshop.job(f"seed-{seed}", base=base, family=name, **recipe)
         heard[seed], done = workshop.train(job)
         assert done
     return heard

@@ -1,0 +1,379 @@
+"""HunyuanImage 2.1: a straight flow in latents of 32 pixels, told by Qwen2.5-VL and, letter by
+letter, by a ByT5 of what is to be written in the image.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKLHunyuanImage,
+    FlowMatchEulerDiscreteScheduler,
+    HunyuanImagePipeline,
+    HunyuanImageTransformer2DModel,
+)
+from diffusers.guiders import AdaptiveProjectedMixGuidance
+from diffusers.pipelines.hunyuan_image.pipeline_hunyuanimage import extract_glyph_text
+from safetensors import SafetensorError
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    ByT5Tokenizer,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+    T5EncoderModel,
+)
+
+from gpu_agent.lora.errors import ModelError
+from gpu_agent.lora.families import family, naming, single_file
+from gpu_agent.lora.families.base import Conditions, Model
+from gpu_agent.lora.families.single_file import Part, Place, Source
+from gpu_agent.lora.objective import Flow
+from gpu_agent.recipe import Recipe
+
+#: The blocks' attentions; those of the text's refiner are in no LoRA of sd-scripts.
+ATTENTION = (
+    r"(single_)?transformer_blocks\.\d+\.attn\."
+    r"(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
+)
+#: What sd-scripts trains: every linear layer of both kinds of blocks.
+FULL = (
+    r"(single_)?transformer_blocks\.\d+\.("
+    r"attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)|"
+    r"norm1?(_context)?\.linear|ff(_context)?\.net\.(0\.proj|2)|proj_mlp|proj_out)"
+)
+
+#: As in diffusers' pipeline, from the authors' own: what stands around a text, how many of its
+#: tokens come before the text, and how many are kept of the text and of what is to be written.
+_TEMPLATE = (
+    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, "
+    "quantity, text, spatial relationships of the objects and background:<|im_end|>\n"
+    "<|im_start|>user\n{}<|im_end|>"
+)
+_BEFORE = 34
+_TOKENS, _LETTERS = 1000, 128
+#: Of the scheduler, where a single file says nothing.
+_SHIFT = 5.0
+#: Noise levels as the denoiser counts them.
+_LEVELS = 1000
+
+
+class HunyuanImage(Model):
+    """A loaded HunyuanImage 2.1.
+
+    Conditions: `text` (n, 1000, width) and `mask` (n, 1000) of Qwen, fewer where its tokenizer says
+    so; `letters` (n, 128, width) and `letters_mask` (n, 128) of ByT5.
+    """
+
+    block_lists = ("transformer_blocks", "single_transformer_blocks")
+    sample_guidance = 3.5
+
+    def __init__(
+        self, *, tokenizer: Any, tokenizer_2: Any, sample_shift: float, **parts: Any
+    ) -> None:
+        super().__init__(**parts)
+        self.tokenizer = tokenizer
+        self.tokenizer_2 = tokenizer_2
+        around = len(tokenizer(_TEMPLATE.format("")).input_ids)
+        self.reads = tokenizer, _TOKENS + _BEFORE - around
+        self.sample_shift = sample_shift
+
+    def targets(self, preset: str) -> str:
+        return FULL if preset == "full" else ATTENTION
+
+    @property
+    def latent_factor(self) -> int:
+        return int(self.vae.config["spatial_compression_ratio"])
+
+    def encode_texts(self, texts: Sequence[str]) -> Conditions:
+        words = self.tokenizer(
+            [_TEMPLATE.format(text) for text in texts],
+            padding="max_length",
+            max_length=min(_TOKENS + _BEFORE, self.tokenizer.model_max_length),
+            truncation=True,
+            return_tensors="pt",
+        ).to(self.device)
+        # without the head, whose answer would be as wide as the vocabulary
+        said = self.text_encoders["text_encoder"].model(
+            input_ids=words.input_ids,
+            attention_mask=words.attention_mask,
+            output_hidden_states=True,
+        )
+        letters, letters_mask = zip(*(self._letters(text) for text in texts), strict=True)
+        return {
+            "text": said.hidden_states[-3][:, _BEFORE:],
+            "mask": words.attention_mask[:, _BEFORE:],
+            "letters": torch.stack(letters),
+            "letters_mask": torch.stack(letters_mask),
+        }
+
+    def _letters(self, text: str) -> tuple[Any, Any]:
+        """Of what is in quotes, (128, width) and (128,); zeros where nothing is."""
+        encoder = self.text_encoders["text_encoder_2"]
+        written = extract_glyph_text(text)
+        if written is None:
+            width = encoder.config.d_model
+            return (
+                torch.zeros(_LETTERS, width, device=self.device, dtype=encoder.dtype),
+                torch.zeros(_LETTERS, device=self.device, dtype=torch.int64),
+            )
+        letters = self.tokenizer_2(
+            written,
+            padding="max_length",
+            max_length=_LETTERS,
+            truncation=True,
+            return_tensors="pt",
+        ).to(self.device)
+        mask = letters.attention_mask
+        return encoder(input_ids=letters.input_ids, attention_mask=mask.float())[0][0], mask[0]
+
+    def predict(self, noisy: Any, levels: Any, conditions: Conditions) -> Any:
+        return self.denoiser(
+            noisy,
+            levels * _LEVELS,
+            conditions["text"],
+            conditions["mask"],
+            encoder_hidden_states_2=conditions["letters"],
+            encoder_attention_mask_2=conditions["letters_mask"],
+            return_dict=False,
+        )[0]
+
+    def checkpoint_gradients(self) -> None:
+        # diffusers 0.42.1's own does not take the arguments that this transformer gives it by name
+        self.denoiser.enable_gradient_checkpointing(_checkpointed)
+
+
+def _checkpointed(block: Any, *told: Any, **named: Any) -> Any:
+    return checkpoint(block.__call__, *told, use_reentrant=False, **named)
+
+
+# --- loading ------------------------------------------------------------------------------------
+
+
+def load(base: Path, work: Path, recipe: Recipe, device: Any, dtype: Any) -> HunyuanImage:
+    """Load a diffusers folder, or a transformer as its authors or ComfyUI name it.
+
+    Raises:
+        ModelError: weights are missing, of the wrong shape, not finite, or those of the distilled
+            model.
+    """
+    parts = _components(base, device, dtype)
+    model = HunyuanImage(
+        denoiser=parts["transformer"],
+        vae=parts["vae"],
+        text_encoders={name: parts[name] for name in ("text_encoder", "text_encoder_2")},
+        tokenizer=parts["tokenizer"],
+        tokenizer_2=parts["tokenizer_2"],
+        sample_shift=parts["scheduler"].config["shift"],
+        objective=Flow(),
+        device=device,
+    )
+    model.freeze()
+    return model
+
+
+class _WithLora(HunyuanImagePipeline):
+    """Diffusers' pipeline, which cannot load a LoRA; its transformer can."""
+
+    def load_lora_weights(self, folder: str, **where: Any) -> None:
+        self.transformer.load_lora_adapter(folder, **where)
+
+    def unload_lora_weights(self) -> None:
+        self.transformer.unload_lora()
+
+
+def pipeline(base: Path, work: Path) -> Any:
+    """The base as users of diffusers load it."""
+    if base.is_dir():
+        return _WithLora.from_pretrained(base, local_files_only=True)
+    parts = _components(base, torch.device("cpu"), torch.float32)
+    return _WithLora(
+        guider=AdaptiveProjectedMixGuidance(), ocr_guider=AdaptiveProjectedMixGuidance(), **parts
+    )
+
+
+def _components(base: Path, device: Any, dtype: Any) -> dict[str, Any]:
+    """By diffusers' names. Raises: ModelError."""
+    try:
+        parts = _read(base, device, dtype)
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise ModelError("model.unreadable", f"{base.name} cannot be loaded: {error}") from error
+    config = parts["transformer"].config
+    if config["guidance_embeds"] or config["use_meanflow"]:
+        raise ModelError(
+            "model.distilled",
+            f"{base.name} is the distilled model, whose few steps a LoRA would undo; train on "
+            f"{family('hunyuanimage').repository}, and use the LoRA with either",
+        )
+    return {
+        name: single_file.placed(base, part, device) if isinstance(part, torch.nn.Module) else part
+        for name, part in parts.items()
+    }
+
+
+def _read(base: Path, device: Any, dtype: Any) -> dict[str, Any]:
+    source = Source(base, family("hunyuanimage").repository)
+    denoiser = source.denoiser()
+    # Qwen's and T5's numbers are too large for fp16
+    text_dtype = torch.float32 if dtype == torch.float16 else dtype
+    return {
+        "transformer": _transformer(denoiser, device, dtype)
+        if denoiser
+        else source.get(
+            HunyuanImageTransformer2DModel.from_pretrained, "transformer", torch_dtype=dtype
+        ),
+        "vae": source.get(
+            AutoencoderKLHunyuanImage.from_pretrained, "vae", torch_dtype=torch.float32
+        ),
+        "text_encoder": source.encoder(
+            Qwen2_5_VLForConditionalGeneration, "text_encoder", text_dtype
+        ),
+        "text_encoder_2": source.encoder(T5EncoderModel, "text_encoder_2", text_dtype),
+        "tokenizer": source.get(Qwen2Tokenizer.from_pretrained, "tokenizer"),
+        "tokenizer_2": source.get(ByT5Tokenizer.from_pretrained, "tokenizer_2"),
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=_SHIFT)
+        if denoiser
+        else source.get(FlowMatchEulerDiscreteScheduler.from_pretrained, "scheduler"),
+    }
+
+
+# --- the authors' layout ------------------------------------------------------------------------
+
+_ENDS = {
+    "x_embedder.proj": Place("img_in.proj"),
+    "context_embedder.proj_in": Place("txt_in.input_embedder"),
+    "context_embedder.time_text_embed.timestep_embedder.linear_1": Place("txt_in.t_embedder.mlp.0"),
+    "context_embedder.time_text_embed.timestep_embedder.linear_2": Place("txt_in.t_embedder.mlp.2"),
+    "context_embedder.time_text_embed.text_embedder.linear_1": Place("txt_in.c_embedder.linear_1"),
+    "context_embedder.time_text_embed.text_embedder.linear_2": Place("txt_in.c_embedder.linear_2"),
+    "context_embedder_2.norm": Place("byt5_in.layernorm"),
+    "context_embedder_2.linear_1": Place("byt5_in.fc1"),
+    "context_embedder_2.linear_2": Place("byt5_in.fc2"),
+    "context_embedder_2.linear_3": Place("byt5_in.fc3"),
+    "time_guidance_embed.timestep_embedder.linear_1": Place("time_in.mlp.0"),
+    "time_guidance_embed.timestep_embedder.linear_2": Place("time_in.mlp.2"),
+    "time_guidance_embed.timestep_embedder_r.linear_1": Place("time_r_in.mlp.0"),
+    "time_guidance_embed.timestep_embedder_r.linear_2": Place("time_r_in.mlp.2"),
+    "time_guidance_embed.guidance_embedder.linear_1": Place("guidance_in.mlp.0"),
+    "time_guidance_embed.guidance_embedder.linear_2": Place("guidance_in.mlp.2"),
+    "norm_out.linear": Place("final_layer.adaLN_modulation.1", pair=True),
+    "proj_out": Place("final_layer.linear"),
+}
+_REFINER = "txt_in.individual_token_refiner.blocks.{}."
+_BLOCKS = {
+    "context_embedder.token_refiner.refiner_blocks": {
+        "norm1": Place(_REFINER + "norm1"),
+        "norm2": Place(_REFINER + "norm2"),
+        "attn.to_q": Place(_REFINER + "self_attn_qkv", 0, 3),
+        "attn.to_k": Place(_REFINER + "self_attn_qkv", 1, 3),
+        "attn.to_v": Place(_REFINER + "self_attn_qkv", 2, 3),
+        "attn.to_out.0": Place(_REFINER + "self_attn_proj"),
+        "ff.net.0.proj": Place(_REFINER + "mlp.fc1"),
+        "ff.net.2": Place(_REFINER + "mlp.fc2"),
+        "norm_out.linear": Place(_REFINER + "adaLN_modulation.1"),
+    },
+    "transformer_blocks": {
+        "norm1.linear": Place("double_blocks.{}.img_mod.linear"),
+        "norm1_context.linear": Place("double_blocks.{}.txt_mod.linear"),
+        "attn.to_q": Place("double_blocks.{}.img_attn_qkv", 0, 3),
+        "attn.to_k": Place("double_blocks.{}.img_attn_qkv", 1, 3),
+        "attn.to_v": Place("double_blocks.{}.img_attn_qkv", 2, 3),
+        "attn.add_q_proj": Place("double_blocks.{}.txt_attn_qkv", 0, 3),
+        "attn.add_k_proj": Place("double_blocks.{}.txt_attn_qkv", 1, 3),
+        "attn.add_v_proj": Place("double_blocks.{}.txt_attn_qkv", 2, 3),
+        "attn.norm_q": Place("double_blocks.{}.img_attn_q_norm"),
+        "attn.norm_k": Place("double_blocks.{}.img_attn_k_norm"),
+        "attn.norm_added_q": Place("double_blocks.{}.txt_attn_q_norm"),
+        "attn.norm_added_k": Place("double_blocks.{}.txt_attn_k_norm"),
+        "attn.to_out.0": Place("double_blocks.{}.img_attn_proj"),
+        "attn.to_add_out": Place("double_blocks.{}.txt_attn_proj"),
+        "ff.net.0.proj": Place("double_blocks.{}.img_mlp.fc1"),
+        "ff.net.2": Place("double_blocks.{}.img_mlp.fc2"),
+        "ff_context.net.0.proj": Place("double_blocks.{}.txt_mlp.fc1"),
+        "ff_context.net.2": Place("double_blocks.{}.txt_mlp.fc2"),
+    },
+    "single_transformer_blocks": {
+        "norm.linear": Place("single_blocks.{}.modulation.linear"),
+        "attn.to_q": Place("single_blocks.{}.linear1", 0, 7),
+        "attn.to_k": Place("single_blocks.{}.linear1", 1, 7),
+        "attn.to_v": Place("single_blocks.{}.linear1", 2, 7),
+        "proj_mlp": Place("single_blocks.{}.linear1", 3, 7),
+        "attn.norm_q": Place("single_blocks.{}.q_norm"),
+        "attn.norm_k": Place("single_blocks.{}.k_norm"),
+        "proj_out": Place("single_blocks.{}.linear2"),
+    },
+}
+_IN_BLOCK = re.compile(f"({'|'.join(map(re.escape, _BLOCKS))})" + r"\.(\d+)\.(.+)")
+#: ComfyUI's code has names of its own for the layers, and reads the authors' files.
+_COMFYUI = (
+    (re.compile(r"_attn_(qkv|proj)"), r"_attn.\1"),
+    (re.compile(r"(self|img|txt)_attn_([qk])_norm"), r"\1_attn.norm.\2_norm"),
+    (re.compile(r"(?<=\.)([qk])_norm"), r"norm.\1_norm"),
+    (re.compile(r"mlp\.fc1"), "mlp.0"),
+    (re.compile(r"mlp\.fc2"), "mlp.2"),
+    (re.compile(r"(mod|modulation)\.linear"), r"\1.lin"),
+)
+
+
+def placing(name: str) -> tuple[Place, str]:
+    """See `single_file.Placing`."""
+    layer, leaf = name.rsplit(".", 1)
+    inside = _IN_BLOCK.fullmatch(layer)
+    return _BLOCKS[inside[1]][inside[3]].numbered(inside[2]) if inside else _ENDS[layer], leaf
+
+
+def originals(transformer: Any) -> Iterator[tuple[str, Any]]:
+    """The transformer's tensors as its authors name them."""
+    config = transformer.config
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    return single_file.originals(transformer.state_dict(), placing, width)
+
+
+def _transformer(part: Part, device: Any, dtype: Any) -> Any:
+    shapes = part.shapes
+    width, channels = shapes["img_in.proj.weight"][:2]
+    head = shapes["double_blocks.0.img_attn_q_norm.weight"][0]
+    config = {
+        "in_channels": channels,
+        "out_channels": shapes["final_layer.linear.weight"][0],
+        "num_attention_heads": width // head,
+        "attention_head_dim": head,
+        "num_layers": part.count("double_blocks.{}."),
+        "num_single_layers": part.count("single_blocks.{}."),
+        "num_refiner_layers": part.count(_REFINER),
+        "text_embed_dim": shapes["txt_in.input_embedder.weight"][1],
+        "text_embed_2_dim": shapes["byt5_in.fc1.weight"][1],
+        "rope_axes_dim": (head // 2, head // 2),
+        "guidance_embeds": "guidance_in.mlp.0.weight" in shapes,
+        "use_meanflow": "time_r_in.mlp.0.weight" in shapes,
+    }
+    return single_file.filled(
+        lambda: HunyuanImageTransformer2DModel.from_config(config),
+        single_file.read_placed(part, placing, width),
+        device,
+        dtype,
+    )
+
+
+# --- a LoRA by the authors' names -----------------------------------------------------------------
+
+
+def kohya(tensors: Mapping[str, Any], alpha: float) -> dict[str, Any]:
+    """As sd-scripts writes it: `lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight`."""
+    return single_file.kohya(tensors, alpha, placing)
+
+
+def comfyui(tensors: Mapping[str, Any], alpha: float) -> dict[str, Any]:
+    """By ComfyUI's names: `diffusion_model.double_blocks.0.img_attn.qkv.lora_down.weight`."""
+    said: dict[str, Any] = {}
+    for layer, update in single_file.updates(tensors, alpha, placing).items():
+        for theirs, ours in _COMFYUI:
+            layer = theirs.sub(ours, layer)
+        said |= update.named(f"diffusion_model.{layer}")
+    return said
+
+
+EXPORTS = {naming.KOHYA: kohya, naming.COMFYUI: comfyui}
