@@ -72,6 +72,8 @@ class Cache:
         self._model, self._recipe = model, recipe
         self._folder, self.origin = folder, origin
         self.on_disk = recipe.cache == "disk"
+        #: What a customer should know of: captions that are cut.
+        self.warnings: list[str] = []
         self._texts: dict[str, Conditions] = {}
 
     def expect(self, pictures: Sequence[Picture]) -> None:
@@ -97,6 +99,7 @@ class Cache:
         kept = self._kept(["picture", *place], lambda: self._encode_picture(picture))
         framing = self._model.framing(picture.size, picture.bucket)
         texts = tuple(orders(picture.caption, recipe))
+        self._measure(picture)
         return Sample(
             digest=picture.digest,
             bucket=picture.bucket,
@@ -105,6 +108,16 @@ class Cache:
             conditions=tuple({**self.text(text), **framing} for text in texts),
             mask=kept.get("mask"),
         )
+
+    def _measure(self, picture: Picture) -> None:
+        tokenizer, most = self._model.reads
+        # verbose would have it warn in its own words
+        words = tokenizer(picture.caption, add_special_tokens=False, verbose=False).input_ids
+        if len(words) > most:
+            self.warnings.append(
+                f"the caption of {picture.path.name} is cut: "
+                f"of its {len(words)} tokens the first {most} are read"
+            )
 
     def _encode_text(self, text: str) -> Conditions:
         with torch.no_grad():

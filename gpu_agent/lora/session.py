@@ -150,7 +150,7 @@ def _train(plan: Plan, events: Events, orders: Orders, rank: Rank | None) -> boo
         label=plan.split.label,
         step=loop.step,
         resume_refused=refused,
-        warnings=plan.warnings,
+        warnings=[*plan.warnings, *cache.warnings],
         device=accelerator.device.type,
         processes=accelerator.num_processes,
         precision=accelerator.mixed_precision,

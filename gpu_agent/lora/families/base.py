@@ -45,6 +45,9 @@ class Model(ABC):
     sample_guidance: ClassVar[float] = 1.0
     #: Shift of the sample images' noise levels.
     sample_shift: float = 1.0
+    #: Of the text encoders that which reads farthest: its tokenizer, and how many tokens of a text
+    #: it reads, special ones not counted.
+    reads: tuple[Any, int]
 
     def __init__(
         self,

@@ -24,6 +24,11 @@ OPEN_CLIP_PAD = "!"
 _SPECIAL = ("<|startoftext|>", "<|endoftext|>")
 
 
+def clip_reads(tokenizer: Any) -> tuple[Any, int]:
+    """See `Model.reads`; the beginning and the end of a text are tokens too."""
+    return tokenizer, tokenizer.model_max_length - 2
+
+
 def byte_vocabulary() -> dict[str, int]:
     """The first 512 tokens of CLIP's vocabulary and its two special ones, numbered."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]

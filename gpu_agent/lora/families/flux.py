@@ -52,6 +52,8 @@ class Flux(Model):
         self.tokenizer_2 = tokenizer_2
         self._distilled = bool(self.denoiser.config["guidance_embeds"])
         self._guidance = recipe.guidance
+        self._length = _WORDS_DEV if self._distilled else _WORDS_SCHNELL
+        self.reads = tokenizer_2, self._length - 1  # the last one says that it ends
         # schnell was distilled for levels at equal distances
         self.sample_shift = flux_shift(recipe.resolution**2) if self._distilled else 1.0
 
@@ -71,9 +73,8 @@ class Flux(Model):
             return_tensors="pt",
         ).input_ids
         pooled = self.text_encoders["text_encoder"](words.to(self.device)).pooler_output
-        length = _WORDS_DEV if self._distilled else _WORDS_SCHNELL
         long = t5.encode(
-            self.text_encoders["text_encoder_2"], self.tokenizer_2, texts, length, self.device
+            self.text_encoders["text_encoder_2"], self.tokenizer_2, texts, self._length, self.device
         )
         return {"text": long, "pooled": pooled}
 

@@ -60,6 +60,7 @@ class Lumina2(Model):
     def __init__(self, *, tokenizer: Any, sample_shift: float, **parts: Any) -> None:
         super().__init__(**parts)
         self.tokenizer = tokenizer
+        self.reads = tokenizer, _TOKENS - len(tokenizer(_SYSTEM).input_ids)
         self.sample_shift = sample_shift
 
     def targets(self, preset: str) -> list[str]:

@@ -22,7 +22,12 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from gpu_agent.lora.errors import ModelError
 from gpu_agent.lora.families import ldm, naming
 from gpu_agent.lora.families.base import ATTENTION, Conditions, Model, check_whole, settle
-from gpu_agent.lora.families.clip_words import HUGGING_FACE_PAD, OPEN_CLIP_PAD, tokenizer_for
+from gpu_agent.lora.families.clip_words import (
+    HUGGING_FACE_PAD,
+    OPEN_CLIP_PAD,
+    clip_reads,
+    tokenizer_for,
+)
 from gpu_agent.lora.objective import Diffusion
 from gpu_agent.recipe import Recipe
 
@@ -47,6 +52,7 @@ class UNetModel(Model):
     def __init__(self, *, tokenizers: Mapping[str, Any], **parts: Any) -> None:
         super().__init__(**parts)
         self.tokenizers = dict(tokenizers)
+        self.reads = clip_reads(self.tokenizers["text_encoder"])
 
     def targets(self, preset: str) -> list[str]:
         return FULL if preset == "full" else ATTENTION

@@ -25,6 +25,7 @@ from gpu_agent.lora.families.base import ATTENTION, JOINT, Conditions, Model
 from gpu_agent.lora.families.clip_words import (
     HUGGING_FACE_PAD,
     OPEN_CLIP_PAD,
+    clip_reads,
     tokenizer_for,
 )
 from gpu_agent.lora.families.single_file import CLIP_G, CLIP_L, T5, VAE, Part, Place, Source
@@ -62,6 +63,8 @@ class StableDiffusion3(Model):
     def __init__(self, *, tokenizers: Sequence[Any], **parts: Any) -> None:
         super().__init__(**parts)
         self._tokenizers = tokenizers
+        long = tokenizers[2]
+        self.reads = (long, _WORDS - 1) if long is not None else clip_reads(tokenizers[0])
 
     def targets(self, preset: str) -> list[str] | str:
         return _FULL if preset == "full" else [*ATTENTION, *JOINT]

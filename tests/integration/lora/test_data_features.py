@@ -75,6 +75,18 @@ def test_a_shuffled_caption_keeps_its_first_parts_and_loses_none():
     assert orders("no comma", recipe) == ["no comma"]
 
 
+def test_a_caption_that_is_longer_than_the_model_reads_is_told(cache_of, few):
+    # the tiny base counts each letter
+    (few / "chelsea.txt").write_text("sks " + "a" * 72)
+    (few / "coffee.txt").write_text("sks " + "a" * 73)
+    cache = cache_of()
+    for picture in pictures(few):
+        cache.sample(picture)
+    assert cache.warnings == [
+        "the caption of coffee.jpg is cut: of its 76 tokens the first 75 are read"
+    ]
+
+
 # --- masks ----------------------------------------------------------------------------------
 
 
