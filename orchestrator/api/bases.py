@@ -11,7 +11,7 @@ _PART = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
 _CIVITAI = re.compile(r"civitai:[1-9][0-9]{0,11}")
 _HUGGING_FACE = re.compile(rf"hf:{_PART}/{_PART}(?:@{_PART})?(?:/{_PART})*")
 #: Below one prefix: no customer may name another's dataset or result.
-_STORED = re.compile(rf"s3:{re.escape(STORED_PREFIX)}{_PART}(?:/{_PART})*")
+_STORED = re.compile(rf"s3:{re.escape(STORED_PREFIX)}{_PART}(?:/{_PART})*/?")
 
 
 def fault_of_base(base: str, *, private: bool) -> str | None:
@@ -23,7 +23,7 @@ def fault_of_base(base: str, *, private: bool) -> str | None:
         return None
     if base.startswith(("https://", "http://")):
         return fault_of_url(base, plain_http=private)
-    return "must be civitai:<version>, hf:<owner>/<repo>[/<file>], s3:bases/<name> or an https URL"
+    return "must be civitai:<version>, hf:<owner>/<repo>[/<file>], s3:bases/<name or folder/> or an https URL"
 
 
 def fault_of_url(url: str, *, plain_http: bool) -> str | None:

@@ -129,9 +129,7 @@ def _confirm(max_cost: float) -> None:
 
 def _recipe(text: str, said: Mapping[str, Any], family: str) -> dict[str, Any]:
     """The whole recipe: what the options and the JSON say, and what follows from them."""
-    if family not in FAMILIES:
-        why = f"known are {', '.join(FAMILIES)}"
-        raise CliError(f"no base family is called {family!r}", why, "name one of them", Exit.USAGE)
+    check_family(family)
     try:
         given = json.loads(text)
         if not isinstance(given, dict):
@@ -141,6 +139,12 @@ def _recipe(text: str, said: Mapping[str, Any], family: str) -> dict[str, Any]:
     except ValueError as error:
         then = "docs/trainer.md lists the recipe's keys"
         raise CliError("the recipe cannot be used", str(error), then, Exit.USAGE) from None
+
+
+def check_family(name: str) -> None:
+    if name not in FAMILIES:
+        why = f"known are {', '.join(FAMILIES)}"
+        raise CliError(f"no base family is called {name!r}", why, "name one of them", Exit.USAGE)
 
 
 def photo_files(photos: Path) -> list[Path]:

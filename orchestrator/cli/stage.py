@@ -29,8 +29,10 @@ from orchestrator.cli.processes import program, programs
 from orchestrator.cli.servers import make_key, prepare
 from state.money import NO_LIMITS
 
-#: The tiny base: its version at the Civitai sandbox.
-TINY_BASE = "civitai:1"
+#: A tiny base that is one file: its version at the Civitai sandbox.
+TINY_FILE = "civitai:1"
+#: One that is a folder: where it lies in our own store.
+TINY_FOLDER = "bases/tiny/"
 READY_S = 60.0
 
 
@@ -42,12 +44,14 @@ class Stage:
         root: an empty directory; all files lie below it.
         port: of the API.
         own_base: base models come from the real Civitai; else from a sandbox with a tiny one.
+        family: of the tiny base.
     """
 
     root: Path
     port: int
     show: Console
     own_base: bool = False
+    family: str = "sd1"
     servers: embedded.Running | None = None
     _ours: frozenset[int] = field(default=frozenset(), repr=False)
 
@@ -57,7 +61,12 @@ class Stage:
 
     @property
     def tiny(self) -> Path:
-        return self.root / "models" / "tiny.safetensors"
+        """One file, or a folder where the family's models usually are one."""
+        return self.root / "models" / ("tiny.safetensors" if self.family == "sd1" else "tiny")
+
+    @property
+    def tiny_address(self) -> str:
+        return TINY_FILE if self.family == "sd1" else f"s3:{TINY_FOLDER}"
 
     def start(self, stack: contextlib.ExitStack) -> tuple[Client, Services]:
         """Start servers and processes; a client with a key of its own, and what is behind it.
@@ -80,6 +89,10 @@ class Stage:
         for item in programs(settings):
             servers.run(item)
         services = Services(settings)
+        if self.tiny.is_dir():
+            for path in filter(Path.is_file, self.tiny.rglob("*")):
+                key = TINY_FOLDER + path.relative_to(self.tiny).as_posix()
+                services.storage.put_file(key, path)
         scopes = frozenset({"jobs:read", "jobs:write", "operator"})
         key = make_key(services, owner="demo", name="demo", scopes=scopes)
         self._until_ready(settings)
@@ -118,7 +131,10 @@ class Stage:
     def _make_tiny(self) -> None:
         self.tiny.parent.mkdir(parents=True)
         (self.tiny.parent / "index.json").write_text(json.dumps({"1": self.tiny.name}))
-        argv = (sys.executable, "-m", "gpu_agent.lora.tiny_base", str(self.tiny))
+        argv = (
+            sys.executable, "-m", "gpu_agent.lora.tiny_base", str(self.tiny),
+            "--family", self.family,
+        )  # fmt: skip
         log = self.root / "tiny.log"
         # Under a supervisor of its own: it begins before the servers, and dies with us like them.
         maker = Supervisor()

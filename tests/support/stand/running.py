@@ -19,7 +19,7 @@ from orchestrator.cli.client import Client
 from orchestrator.cli.demo import TINY_RECIPE
 from orchestrator.cli.follow import ENDED
 from orchestrator.cli.receiver import Receiver
-from orchestrator.cli.stage import TINY_BASE, Stage, descendants
+from orchestrator.cli.stage import TINY_FILE, Stage, descendants
 from state.errors import StoreUnavailable
 from state.job import Job
 from state.lease import Lease
@@ -51,7 +51,7 @@ class Stoker:
         """Order a training; the job's id."""
         body: dict[str, Any] = {
             "dataset_id": self.dataset,
-            "base": TINY_BASE,
+            "base": TINY_FILE,
             "recipe": TINY_RECIPE,
             **changes,
         }

@@ -38,7 +38,7 @@ from orchestrator.cli.console import CliError
 from orchestrator.cli.jobs import photo_files, upload_dataset
 from orchestrator.cli.processes import programs
 from orchestrator.cli.servers import make_key, prepare
-from orchestrator.cli.stage import TINY_BASE, descendants, free_port
+from orchestrator.cli.stage import TINY_FILE, descendants, free_port
 from stand.audit import Rental
 from stand.front import Front
 from stand.links import Link, Links
@@ -321,7 +321,7 @@ class Storm:
         }
         body = {
             "dataset_id": self._dataset,
-            "base": TINY_BASE,
+            "base": TINY_FILE,
             "recipe": recipe,
             "webhook": {"url": self.witness.url, "secret": self.witness.secret},
         }

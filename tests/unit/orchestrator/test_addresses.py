@@ -18,6 +18,7 @@ from orchestrator.api.ids import new_id, plausible
         "hf:owner/repo/folder/model.safetensors",
         "hf:owner/repo@main/model.safetensors",
         "s3:bases/sd15.safetensors",
+        "s3:bases/my-flux/",
         "https://models.example/sd15.safetensors?x=1",
     ],
 )
