@@ -221,7 +221,6 @@ def transformer_config(part: Part) -> dict[str, Any]:
     return {
         "patch_size": 1,
         "in_channels": channels,
-        "out_channels": shapes["final_layer.linear.weight"][0],
         "num_layers": part.count("double_blocks.{}."),
         "num_single_layers": part.count("single_blocks.{}."),
         "attention_head_dim": head,

@@ -139,7 +139,11 @@ def load(base: Path, work: Path, recipe: Recipe, device: Any, dtype: Any) -> Sta
 def pipeline(base: Path, work: Path) -> Any:
     """The base as users of diffusers load it."""
     if base.is_dir():
-        return StableDiffusion3Pipeline.from_pretrained(base, local_files_only=True)
+        # diffusers wants to be told that a folder comes without T5
+        missing = () if (base / "text_encoder_3").is_dir() else ("text_encoder_3", "tokenizer_3")
+        return StableDiffusion3Pipeline.from_pretrained(
+            base, local_files_only=True, **dict.fromkeys(missing)
+        )
     parts = _parts(base, torch.device("cpu"), torch.float32)
     scheduler = FlowMatchEulerDiscreteScheduler(shift=_SHIFT)
     return StableDiffusion3Pipeline(scheduler=scheduler, **parts)
