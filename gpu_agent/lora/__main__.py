@@ -8,7 +8,7 @@ stdout carries one JSON object per line and nothing else::
 
     {"event": "started", "total": 200, "loss_first": 1.02, "parameters": …, "images": 5,
      "buckets": {"64x64": 5}, "label": "train-eval", "step": 0, "resume_refused": null,
-     "processes": 1, …}
+     "processes": 1, "regularization": 0, "warnings": ["no caption, so called …: a.jpg"], …}
     {"event": "progress", "step": 31, "total": 200, "loss": …, "lr": …, "gradient_norm": …,
      "steps_per_s": …, "memory_mib": …, "eta_s": …,
      "points": [[step, loss, lr, gradient_norm], …, {"step", "steps_per_s", "memory_mib"}]}
@@ -26,8 +26,8 @@ a checkpoint is what is known by then; `best_step` is the choice. What the losse
 
 stdin takes orders: ``{"order": "checkpoint_now" | "sample_now" | "stop"}``, one per line.
 
-`alive` comes where no steps are done: `loading`, `caching`, `encoding`, `validating`, `sampling`,
-`saving`, and `training` inside a step of several passes.
+`alive` comes where no steps are done: `loading`, `prior`, `caching`, `encoding`, `validating`,
+`sampling`, `saving`, and `training` inside a step of several passes.
 
 With several processes, one for each GPU, see `ranks`; the images of a step are shared out, so there
 are never more of them than images in a step.

@@ -76,7 +76,6 @@ class Anima(Model):
         super().__init__(**parts)
         self.tokenizer = tokenizer
         self.t5_tokenizer = t5_tokenizer
-        self.reads = t5_tokenizer, _TOKENS - 1  # the last one says that it ends
         self.sample_shift = sample_shift
         self.reads = (tokenizer, _TOKENS)
         config = self.vae.config
