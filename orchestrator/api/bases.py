@@ -23,7 +23,10 @@ def fault_of_base(base: str, *, private: bool) -> str | None:
         return None
     if base.startswith(("https://", "http://")):
         return fault_of_url(base, plain_http=private)
-    return "must be civitai:<version>, hf:<owner>/<repo>[/<file>], s3:bases/<name or folder/> or an https URL"
+    return (
+        "must be civitai:<version>, hf:<owner>/<repo>[/<file>], s3:bases/<file or folder/> "
+        "or an https URL"
+    )
 
 
 def fault_of_url(url: str, *, plain_http: bool) -> str | None:
