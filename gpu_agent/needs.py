@@ -266,20 +266,16 @@ def training(recipe: Recipe, geometry: Geometry, way: Way) -> float:
     activations = way.images * (fixed + (at_a_megapixel - fixed) * megapixels)
     activations *= (_DORA if recipe.adapter == "dora" else 1.0) * _widened(recipe, _WIDE)
     encoders = geometry.encoders if _trains_texts(recipe) else 0.0
-    return _standing(recipe, geometry, way) + activations + encoders
+    return standing(recipe, geometry, way) + activations + encoders
 
 
-def peak(recipe: Recipe, geometry: Geometry, way: Way, *, beside: bool = False) -> float:
-    """The most that PyTorch allocates from loading to the end.
-
-    Args:
-        beside: encoders and denoiser are on the GPU at once, and images are painted in one piece.
-    """
+def peak(recipe: Recipe, geometry: Geometry, way: Way) -> float:
+    """The most that PyTorch allocates from loading to the end."""
     megapixels = recipe.resolution**2 / 2**20
-    standing = _standing(recipe, geometry, way)
+    stays = standing(recipe, geometry, way)
     encoding = geometry.encoders + geometry.vae + geometry.encode * megapixels
-    painting = standing + geometry.vae
-    painting += geometry.decode * (megapixels if beside else min(megapixels, _TILE))
+    painting = stays + geometry.vae
+    painting += geometry.decode * min(megapixels, _TILE)
     return max(encoding, training(recipe, geometry, way), painting)
 
 
@@ -315,7 +311,7 @@ def _as_offered(gib: float) -> float:
     return math.ceil(gib * 1.024 * 2) / 2
 
 
-def _standing(recipe: Recipe, geometry: Geometry, way: Way) -> float:
+def standing(recipe: Recipe, geometry: Geometry, way: Way) -> float:
     """Weights, adapter and optimizer: what stays from step to step."""
     whole = 2.0 * _widened(recipe, 2.0)
     swapping = max(0, way.swapped - SLOTS) / geometry.blocks

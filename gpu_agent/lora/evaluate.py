@@ -39,7 +39,7 @@ SHARE = 0.05
 STEP_COST = 3
 #: No more rounds than this, however long the training: errors fall with the root of their number.
 MOST_ROUNDS = 16
-#: Samples in one forward pass at most.
+#: Samples in one forward pass, where memory allows.
 _BATCH = 16
 
 
@@ -72,6 +72,7 @@ class Evaluator:
         encode: see `adapter.Trainable`.
         beat: told before each forward pass how many are done, and of how many; what it raises ends
             it.
+        at_once: how many images a forward pass may have; None where memory does not matter.
     """
 
     def __init__(
@@ -83,12 +84,14 @@ class Evaluator:
         autocast: Callable[[], Any],
         encode: Callable[[Sequence[str]], Conditions],
         beat: Callable[[int, int], None],
+        at_once: Callable[[], int | None],
     ) -> None:
         self._model = model
         self._device = device
         self._autocast = autocast
         self._encode = encode
         self._beat = beat
+        self._at_once = at_once
         self._rounds = rounds(recipe)
         passes = _passes(model, samples, recipe, self._rounds)
         self._levels = torch.stack([one.level for one in passes[::2]])
@@ -97,12 +100,13 @@ class Evaluator:
     @torch.no_grad()
     def measure(self, base: Validation | None) -> Validation:
         """`base` is what the untrained model lost; None where it is the one being measured."""
+        size = min(_BATCH, self._at_once() or _BATCH)
         losses: list[Any] = []
         for _, same_shape in groupby(self._passes, key=lambda one: one.shape):
             same = list(same_shape)
-            for start in range(0, len(same), _BATCH):
+            for start in range(0, len(same), size):
                 self._beat(sum(map(len, losses)), len(self._passes))
-                losses.append(self._losses(same[start : start + _BATCH]))
+                losses.append(self._losses(same[start : start + size]))
         cases = torch.zeros(LEVELS * self._rounds, dtype=torch.double)
         # a case and its mirror image in noise are one observation
         numbers = torch.tensor([one.case for one in self._passes])

@@ -7,7 +7,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from gpu_agent.lora.choose import Validation
 from gpu_agent.lora.errors import TrainingError
 from gpu_agent.lora.evaluate import Evaluator
 from gpu_agent.lora.families.base import Conditions, Model
+from gpu_agent.lora.fit import Fit
 from gpu_agent.lora.objective import Density
 from gpu_agent.lora.optimizers import learning_rate
 from gpu_agent.lora.talk import Events, Orders, Pulse, Stopped
@@ -41,6 +42,38 @@ class Deck:
     samples: Sequence[Sample]
     batches: draws.Batches
     weight: float
+
+
+@dataclass(frozen=True)
+class _Luck:
+    """What is drawn for the n images of a batch; `noise` is (2, n, c, …, h, w)."""
+
+    mirrored: list[float]
+    dropped: list[float]
+    quantiles: Any
+    said: list[float]
+    noise: Any
+
+    @classmethod
+    def at(cls, place: Any, batch: Sequence[Sample]) -> _Luck:
+        size = len(batch)
+        doubled, *sides = batch[0].moments.shape[1:]
+        return cls(
+            mirrored=torch.rand(size, generator=place).tolist(),
+            dropped=torch.rand(size, generator=place).tolist(),
+            quantiles=torch.rand(size, generator=place),
+            said=torch.rand(size, generator=place).tolist(),
+            noise=torch.randn((2, size, doubled // 2, *sides), generator=place),
+        )
+
+    def of(self, some: slice) -> _Luck:
+        return _Luck(
+            mirrored=self.mirrored[some],
+            dropped=self.dropped[some],
+            quantiles=self.quantiles[some],
+            said=self.said[some],
+            noise=self.noise[:, some],
+        )
 
 
 class Loop:
@@ -73,6 +106,7 @@ class Loop:
         events: Events,
         orders: Orders,
         pulse: Pulse,
+        fit: Fit,
         draw_samples: Callable[[int], None],
     ) -> None:
         self._model = model
@@ -86,6 +120,7 @@ class Loop:
         self._events = events
         self._orders = orders
         self._pulse = pulse
+        self._fit = fit
         self._draw_samples = draw_samples
         self._device = accelerator.device
         self._optimizer = accelerator.prepare(
@@ -157,6 +192,18 @@ class Loop:
         self._saver.wait()
         return self._is_over() and self.step in self.validations
 
+    def try_pass(self) -> None:
+        """One pass forward and back at the largest shape there is; nothing is learned from it."""
+        everything = [sample for deck in self._decks for sample in deck.samples]
+        largest = max(everything, key=lambda sample: sample.bucket[0] * sample.bucket[1])
+        batch = [largest] * self._fit.way.images
+        try:
+            self._accelerator.backward(
+                self._loss(batch, _Luck.at(draws.generator(self._recipe.seed, "try"), batch))
+            )
+        finally:
+            self._optimizer.zero_grad()
+
     @property
     def ended(self) -> str:
         """Why there are no more steps: `steps`, all are done, or `patience`."""
@@ -208,16 +255,10 @@ class Loop:
 
     def _one_step(self) -> None:
         optimizers.set_rates(self._optimizer, self._recipe, self.step)
-        parts = self._recipe.gradient_accumulation
-        for part in range(parts):
-            if part:
-                self._pulse.say("training", part, parts)
-            for deck in self._decks:
-                loss = self._loss(deck, self.step, part)
-                if loss is not None:
-                    loss = loss * (deck.weight / parts)
-                    self._accelerator.backward(loss)
-                    self._losses[self.step] += loss.detach()
+        while not self._has_gradients():
+            self._fit.step_down()
+            self._optimizer.zero_grad()
+            self._losses[self.step].zero_()
         if self._accelerator.num_processes > 1:
             self._add_up()
         parameters = self._adapter.parameters
@@ -228,6 +269,22 @@ class Loop:
         self._adapter.settle()
         self.step += 1
         self._kept.follow(self.step)
+
+    def _has_gradients(self) -> bool:
+        """Compute those of one step; False where memory did not do."""
+        parts = self._recipe.gradient_accumulation
+        try:
+            for part in range(parts):
+                if part:
+                    self._pulse.say("training", part, parts)
+                for deck in self._decks:
+                    for loss in self._losses_of(deck, self.step, part):
+                        share = loss * (deck.weight / parts)
+                        self._accelerator.backward(share)
+                        self._losses[self.step] += share.detach()
+        except torch.OutOfMemoryError:
+            return False
+        return True
 
     def _add_up(self) -> None:
         """Sum the gradients and the loss of this step over all processes."""
@@ -242,38 +299,34 @@ class Loop:
         for gradient, part in zip(gradients, parts, strict=True):
             gradient.copy_(part.view_as(gradient))
 
-    def _loss(self, deck: Deck, step: int, part: int) -> Any:
-        """This process's share of the mean loss of a batch; None where it has no image in it."""
-        recipe = self._recipe
-        index = step * recipe.gradient_accumulation + part
+    def _losses_of(self, deck: Deck, step: int, part: int) -> Iterator[Any]:
+        """This process's share of the mean loss of a batch, in as many terms as memory asks for."""
+        index = step * self._recipe.gradient_accumulation + part
         batch = [deck.samples[number] for number in deck.batches.at(index)]
-        place = draws.generator(recipe.seed, deck.name, index)
-        size = len(batch)
         # everyone draws for all, so that an image's draws do not depend on who takes it
-        mirrored = torch.rand(size, generator=place).tolist()
-        dropped = torch.rand(size, generator=place).tolist()
-        quantiles = torch.rand(size, generator=place)
-        said = torch.rand(size, generator=place).tolist()
-        doubled, *sides = batch[0].moments.shape[1:]
-        drawn = torch.randn((2, size, doubled // 2, *sides), generator=place)
-        mine = self._share(part)
-        batch = batch[mine]
-        if not batch:
-            return None
-        mirrored, dropped, said = mirrored[mine], dropped[mine], said[mine]
-        views = [1 if recipe.flip and luck < 0.5 else 0 for luck in mirrored]
+        luck = _Luck.at(draws.generator(self._recipe.seed, deck.name, index), batch)
+        mine, at_once = range(len(batch))[self._share(part)], self._fit.way.images
+        for start in range(0, len(mine), at_once):
+            some = mine[start : start + at_once]
+            these = slice(some.start, some.stop, some.step)
+            yield self._loss(batch[these], luck.of(these)) / len(batch)
+
+    def _loss(self, batch: Sequence[Sample], luck: _Luck) -> Any:
+        """The summed loss of some images of one shape."""
+        recipe = self._recipe
+        views = [1 if recipe.flip and turn < 0.5 else 0 for turn in luck.mirrored]
         moments = [sample.moments[view] for sample, view in zip(batch, views, strict=True)]
         conditions = [
-            sample.conditions[int(luck * len(sample.conditions))]
-            for sample, luck in zip(batch, said, strict=True)
+            sample.conditions[int(turn * len(sample.conditions))]
+            for sample, turn in zip(batch, luck.said, strict=True)
         ]
         conditions = [
-            {**told, **self._empty} if luck < recipe.caption_dropout else told
-            for told, luck in zip(conditions, dropped, strict=True)
+            {**told, **self._empty} if turn < recipe.caption_dropout else told
+            for told, turn in zip(conditions, luck.dropped, strict=True)
         ]
         texts = [
-            "" if luck < recipe.caption_dropout else sample.texts[int(turn * len(sample.texts))]
-            for sample, luck, turn in zip(batch, dropped, said, strict=True)
+            "" if drop < recipe.caption_dropout else sample.texts[int(turn * len(sample.texts))]
+            for sample, drop, turn in zip(batch, luck.dropped, luck.said, strict=True)
         ]
         mask = None
         if recipe.masked_loss:
@@ -281,14 +334,14 @@ class Loop:
                 [sample.mask[view] for sample, view in zip(batch, views, strict=True)],
                 self._device,
             )
-        spread, noise = move(list(drawn[:, mine]), self._device)
+        spread, noise = move(list(luck.noise), self._device)
         latents = self._model.draw_latents(move(moments, self._device), spread)
         width, height = batch[0].bucket
-        (levels,) = move([self._density.levels(quantiles[mine], width * height)], self._device)
+        (levels,) = move([self._density.levels(luck.quantiles, width * height)], self._device)
         with self._accelerator.autocast():
             told = {**move_conditions(conditions, self._device), **self._adapter.encode(texts)}
             losses = self._model.losses(latents, noise, levels, told, mask)
-        return (losses * self._model.objective.weights(levels, recipe)).sum() / size
+        return (losses * self._model.objective.weights(levels, recipe)).sum()
 
     def _share(self, part: int) -> slice:
         """Which images of a batch this process takes: the images of a step go round."""

@@ -17,6 +17,7 @@ from gpu_agent.lora.adapter import Adapter, Trainable
 from gpu_agent.lora.cache import Cache, origin_of
 from gpu_agent.lora.errors import JobError
 from gpu_agent.lora.evaluate import Evaluator
+from gpu_agent.lora.fit import CudaMeter, Fit, Meter
 from gpu_agent.lora.loop import Loop
 from gpu_agent.lora.paint import Painter
 from gpu_agent.lora.plan import Plan
@@ -37,22 +38,31 @@ _BESIDE_THE_WEIGHTS = {
 _MODES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
 
 
-def train(plan: Plan, events: Events, orders: Orders, rank: Rank | None = None) -> bool:
+def train(
+    plan: Plan,
+    events: Events,
+    orders: Orders,
+    rank: Rank | None = None,
+    meter: Meter | None = None,
+) -> bool:
     """Train and write the result; False when stopped before the end.
 
     Args:
         rank: which of several processes this is; None where it is alone.
+        meter: of the device's memory; the GPU's where there is one.
 
     Raises:
         TrainerError: it cannot go on.
     """
     try:
-        return _train(plan, events, orders, rank)
+        return _train(plan, events, orders, rank, meter)
     except Stopped:
         return False
 
 
-def _train(plan: Plan, events: Events, orders: Orders, rank: Rank | None) -> bool:
+def _train(
+    plan: Plan, events: Events, orders: Orders, rank: Rank | None, meter: Meter | None
+) -> bool:
     """As `train`. Raises: Stopped, at a moment at which there was nothing to save."""
     pulse = Pulse(events, orders)
     job = plan.job
@@ -62,6 +72,9 @@ def _train(plan: Plan, events: Events, orders: Orders, rank: Rank | None) -> boo
     dtype = _MODES[accelerator.mixed_precision]
     with pulse.watched("loading", mebibytes_touched):
         model = plan.family.load(job.base_file, job.work_dir, job.recipe, accelerator.device, dtype)
+    if accelerator.device.type == "cuda":
+        meter = CudaMeter(accelerator.device)
+    fit = Fit(model, job.recipe, plan.family.name, meter)
     origin = origin_of(
         job.base_file,
         plan.family.name,
@@ -72,6 +85,7 @@ def _train(plan: Plan, events: Events, orders: Orders, rank: Rank | None) -> boo
     cache = Cache(model, job.recipe, job.work_dir / "cache", origin)
     regularization = list(plan.regularization)
     if job.recipe.prior_images and not regularization:
+        fit.place()
         regularization = prior.painted(
             model, cache, job.recipe, job.work_dir / "prior", accelerator, pulse
         )
@@ -89,6 +103,7 @@ def _train(plan: Plan, events: Events, orders: Orders, rank: Rank | None) -> boo
     empty = cache.text("")
     adapter = _trainable(plan, model)
     model.release_encoders(texts=not adapter.trains_texts)
+    fit.place()
     painter = Painter(
         model,
         prompt_texts,
@@ -120,13 +135,16 @@ def _train(plan: Plan, events: Events, orders: Orders, rank: Rank | None) -> boo
             accelerator.autocast,
             adapter.encode,
             partial(pulse.beat, "validating"),
+            lambda: fit.validated,
         ),
         checkpoints=checkpoints,
         events=events,
         orders=orders,
         pulse=pulse,
+        fit=fit,
         draw_samples=painter.paint,
     )
+    fit.try_out(loop.try_pass)
     refused = None
     if accelerator.is_main_process:
         refused = _resume(loop, checkpoints, job.resume_dir)
@@ -154,6 +172,7 @@ def _train(plan: Plan, events: Events, orders: Orders, rank: Rank | None) -> boo
         device=accelerator.device.type,
         processes=accelerator.num_processes,
         precision=accelerator.mixed_precision,
+        fit=fit.told(),
     )
     if not loop.run():
         return False
