@@ -31,7 +31,8 @@ class Recipe:
             it is not said. For `oft` the rank is the block size, for `embedding` the number of
             vectors, and alpha is nothing.
         targets: `attention` (to_q, to_k, to_v, to_out.0) or `full` (the set of sd-scripts).
-        text_encoder_rate: learning rate of the text encoders' own LoRA; 0 leaves them alone.
+        text_encoder_rate: learning rate of the text encoders' own LoRA (of Anima, that of its text
+            conditioner); 0 leaves them alone.
         lora_plus: learning rate of B as a multiple of A's (LoRA+, arXiv:2402.12354).
         learning_rate, optimizer, weight_decay, max_grad_norm: `prodigy` wants a rate of 1.
         scheduler, warmup_steps: of the learning rate; `schedule_free` keeps it constant.
@@ -209,7 +210,7 @@ _DIFFUSION_ONLY = {
     "prediction": "auto",
 }
 #: Those whose text encoders' LoRA is read by the programs that read the rest of it.
-ADAPTABLE_TEXTS = frozenset({"sd1", "sd2", "sdxl", "sd3", "flux"})
+ADAPTABLE_TEXTS = frozenset({"sd1", "sd2", "sdxl", "sd3", "flux", "anima"})
 #: Adapters with an A and a B.
 _LOW_RANK = frozenset({"lora", "dora"})
 _OWN_RATE = frozenset({"prodigy"})

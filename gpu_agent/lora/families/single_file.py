@@ -117,7 +117,11 @@ class Source:
         Raises:
             ModelError: `model.component`; it can be had nowhere.
         """
-        beside = self.base.is_dir() or (self.folder / component).is_dir()
+        there = (self.folder / component).is_dir()
+        if self.base.is_dir() and not there:
+            # transformers would make an empty tokenizer out of nothing
+            raise ModelError("model.component", f"{self.base.name} lacks its folder {component}")
+        beside = self.base.is_dir() or there
         where = str(self.folder) if beside else self._repository
         try:
             return load(where, subfolder=component, local_files_only=beside, **settings)
