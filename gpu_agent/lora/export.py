@@ -86,12 +86,7 @@ def write(
     if recipe.adapter == "oft":
         (prefix,) = configs
         return _write_peft(folder / OFT, tensors, prefix, configs[prefix], spec)
-    told = {
-        f"{part}.{key}": _plain(value)
-        for part, config in configs.items()
-        for key, value in config.items()
-    }
-    diffusers = {**spec, "lora_adapter_metadata": json.dumps(told, sort_keys=True)}
+    diffusers = {**spec, **adapter_metadata(configs)}
     tensor_file.write(folder / DIFFUSERS, tensors, diffusers, _DIGESTS)
     files = [folder / DIFFUSERS]
     if recipe.adapter == "lokr":
@@ -106,6 +101,16 @@ def write(
             tensor_file.write(folder / name, renamed, kohya, _KOHYA_DIGESTS)
             files.append(folder / name)
     return files
+
+
+def adapter_metadata(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """peft's configuration of each part of the model, where diffusers looks for it."""
+    told = {
+        f"{part}.{key}": _plain(value)
+        for part, config in configs.items()
+        for key, value in config.items()
+    }
+    return {"format": "pt", "lora_adapter_metadata": json.dumps(told, sort_keys=True)}
 
 
 def lycoris(tensors: Mapping[str, Any], alpha: float, rank: int, prefix: str) -> dict[str, Any]:
