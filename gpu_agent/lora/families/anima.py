@@ -196,8 +196,8 @@ def _components(base: Path, dtype: Any) -> dict[str, Any]:
         made["vae"] = source.get(
             AutoencoderKLQwenImage.from_pretrained, "vae", torch_dtype=torch.float32
         )
-        made["tokenizer"] = source.get(Qwen2Tokenizer.from_pretrained, "tokenizer")
-        made["t5_tokenizer"] = source.get(T5TokenizerFast.from_pretrained, "t5_tokenizer")
+        made["tokenizer"] = source.words(Qwen2Tokenizer, "tokenizer")
+        made["t5_tokenizer"] = source.words(T5TokenizerFast, "t5_tokenizer")
         made["scheduler"] = _scheduler(base)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise ModelError("model.unreadable", f"{base.name} cannot be loaded: {error}") from error

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,8 @@ class HunyuanImage(Model):
         super().__init__(**parts)
         self.tokenizer = tokenizer
         self.tokenizer_2 = tokenizer_2
+        self._length = min(_TOKENS + _BEFORE, tokenizer.model_max_length)
+        self.reads = tokenizer, self._length - len(tokenizer(_TEMPLATE.format("")).input_ids)
         around = len(tokenizer(_TEMPLATE.format("")).input_ids)
         self.reads = tokenizer, _TOKENS + _BEFORE - around
         self.sample_shift = sample_shift
@@ -92,7 +95,7 @@ class HunyuanImage(Model):
         words = self.tokenizer(
             [_TEMPLATE.format(text) for text in texts],
             padding="max_length",
-            max_length=min(_TOKENS + _BEFORE, self.tokenizer.model_max_length),
+            max_length=self._length,
             truncation=True,
             return_tensors="pt",
         ).to(self.device)
@@ -232,7 +235,7 @@ def _read(base: Path, device: Any, dtype: Any) -> dict[str, Any]:
             Qwen2_5_VLForConditionalGeneration, "text_encoder", text_dtype
         ),
         "text_encoder_2": source.encoder(T5EncoderModel, "text_encoder_2", text_dtype),
-        "tokenizer": source.get(Qwen2Tokenizer.from_pretrained, "tokenizer"),
+        "tokenizer": source.words(Qwen2Tokenizer, "tokenizer"),
         "tokenizer_2": source.get(ByT5Tokenizer.from_pretrained, "tokenizer_2"),
         "scheduler": FlowMatchEulerDiscreteScheduler(shift=_SHIFT)
         if denoiser
@@ -307,15 +310,20 @@ _BLOCKS = {
     },
 }
 _IN_BLOCK = re.compile(f"({'|'.join(map(re.escape, _BLOCKS))})" + r"\.(\d+)\.(.+)")
-#: ComfyUI's code has names of its own for the layers, and reads the authors' files.
-_COMFYUI = (
-    (re.compile(r"_attn_(qkv|proj)"), r"_attn.\1"),
-    (re.compile(r"(self|img|txt)_attn_([qk])_norm"), r"\1_attn.norm.\2_norm"),
-    (re.compile(r"(?<=\.)([qk])_norm"), r"norm.\1_norm"),
-    (re.compile(r"mlp\.fc1"), "mlp.0"),
-    (re.compile(r"mlp\.fc2"), "mlp.2"),
-    (re.compile(r"(mod|modulation)\.linear"), r"\1.lin"),
-)
+#: ComfyUI reads the authors' names, but its own code has others, and so have files that it saves.
+_COMFYUI = [
+    (re.compile(pattern), name)
+    for pattern, name in (
+        (r"[._]q_norm\.weight", ".norm.query_norm.scale"),
+        (r"[._]k_norm\.weight", ".norm.key_norm.scale"),
+        (r"_attn_(qkv|proj)\b", r"_attn.\1"),
+        (r"(_in|embedder)\.(mlp\.0|linear_1)\b", r"\1.in_layer"),
+        (r"(_in|embedder)\.(mlp\.2|linear_2)\b", r"\1.out_layer"),
+        (r"mlp\.fc1\b", "mlp.0"),
+        (r"mlp\.fc2\b", "mlp.2"),
+        (r"(mod|modulation)\.linear\b", r"\1.lin"),
+    )
+]
 
 
 def placing(name: str) -> tuple[Place, str]:
@@ -325,7 +333,22 @@ def placing(name: str) -> tuple[Place, str]:
     return _BLOCKS[inside[1]][inside[3]].numbered(inside[2]) if inside else _ENDS[layer], leaf
 
 
-def originals(transformer: Any) -> Iterator[tuple[str, Any]]:
+def comfyui_placing(name: str) -> tuple[Place, str]:
+    """As `placing`, in ComfyUI's code."""
+    place, leaf = placing(name)
+    layer, leaf = _comfyui_name(f"{place.name}.{leaf}").rsplit(".", 1)
+    return replace(place, name=layer), leaf
+
+
+def _comfyui_name(name: str) -> str:
+    for pattern, theirs in _COMFYUI:
+        name = pattern.sub(theirs, name)
+    return name
+
+
+def originals(
+    transformer: Any, placing: single_file.Placing = placing
+) -> Iterator[tuple[str, Any]]:
     """The transformer's tensors as its authors name them."""
     config = transformer.config
     width = config["num_attention_heads"] * config["attention_head_dim"]
@@ -333,29 +356,45 @@ def originals(transformer: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _transformer(part: Part, device: Any, dtype: Any) -> Any:
-    shapes = part.shapes
-    width, channels = shapes["img_in.proj.weight"][:2]
-    head = shapes["double_blocks.0.img_attn_q_norm.weight"][0]
-    config = {
+    config = transformer_config(part)
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    return single_file.filled(
+        lambda: HunyuanImageTransformer2DModel.from_config(config),
+        single_file.read_placed(part, _placing_of(part), width),
+        device,
+        dtype,
+    )
+
+
+def transformer_config(part: Part) -> dict[str, Any]:
+    """Diffusers' configuration, read off the tensors of a file."""
+    place = _placing_of(part)
+
+    def name(layer: str) -> str:
+        found, leaf = place(f"{layer}.weight")
+        return f"{found.name}.{leaf}"
+
+    width, channels = part.shapes[name("x_embedder.proj")][:2]
+    head = part.shapes[name("transformer_blocks.0.attn.norm_q")][0]
+    return {
         "in_channels": channels,
-        "out_channels": shapes["final_layer.linear.weight"][0],
+        "out_channels": part.shapes[name("proj_out")][0],
         "num_attention_heads": width // head,
         "attention_head_dim": head,
         "num_layers": part.count("double_blocks.{}."),
         "num_single_layers": part.count("single_blocks.{}."),
         "num_refiner_layers": part.count(_REFINER),
-        "text_embed_dim": shapes["txt_in.input_embedder.weight"][1],
-        "text_embed_2_dim": shapes["byt5_in.fc1.weight"][1],
+        "text_embed_dim": part.shapes[name("context_embedder.proj_in")][1],
+        "text_embed_2_dim": part.shapes[name("context_embedder_2.linear_1")][1],
         "rope_axes_dim": (head // 2, head // 2),
-        "guidance_embeds": "guidance_in.mlp.0.weight" in shapes,
-        "use_meanflow": "time_r_in.mlp.0.weight" in shapes,
+        "guidance_embeds": name("time_guidance_embed.guidance_embedder.linear_1") in part.shapes,
+        "use_meanflow": name("time_guidance_embed.timestep_embedder_r.linear_1") in part.shapes,
     }
-    return single_file.filled(
-        lambda: HunyuanImageTransformer2DModel.from_config(config),
-        single_file.read_placed(part, placing, width),
-        device,
-        dtype,
-    )
+
+
+def _placing_of(part: Part) -> single_file.Placing:
+    """Whose names a file has."""
+    return comfyui_placing if "double_blocks.0.img_attn.qkv.weight" in part.shapes else placing
 
 
 # --- a LoRA by the authors' names -----------------------------------------------------------------
@@ -369,9 +408,7 @@ def kohya(tensors: Mapping[str, Any], alpha: float) -> dict[str, Any]:
 def comfyui(tensors: Mapping[str, Any], alpha: float) -> dict[str, Any]:
     """By ComfyUI's names: `diffusion_model.double_blocks.0.img_attn.qkv.lora_down.weight`."""
     said: dict[str, Any] = {}
-    for layer, update in single_file.updates(tensors, alpha, placing).items():
-        for theirs, ours in _COMFYUI:
-            layer = theirs.sub(ours, layer)
+    for layer, update in single_file.updates(tensors, alpha, comfyui_placing).items():
         said |= update.named(f"diffusion_model.{layer}")
     return said
 

@@ -123,9 +123,8 @@ def _components(base: Path, device: Any, dtype: Any) -> dict[str, Any]:
         parts = _read(base, device, dtype)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise ModelError("model.unreadable", f"{base.name} cannot be loaded: {error}") from error
-    weighty = ("transformer", "vae", "text_encoder")
     return {
-        name: single_file.placed(base, part, device) if name in weighty else part
+        name: single_file.placed(base, part, device) if isinstance(part, torch.nn.Module) else part
         for name, part in parts.items()
     }
 
@@ -148,7 +147,7 @@ def _read(base: Path, device: Any, dtype: Any) -> dict[str, Any]:
         if gemma
         else source.encoder(Gemma2Model, "text_encoder", text_dtype),
         # ComfyUI's files have one inside, but as a protocol buffer of sentencepiece's
-        "tokenizer": source.get(GemmaTokenizer.from_pretrained, "tokenizer", padding_side="right"),
+        "tokenizer": source.words(GemmaTokenizer, "tokenizer", padding_side="right"),
         "scheduler": FlowMatchEulerDiscreteScheduler(shift=_SHIFT)
         if denoiser
         else source.get(FlowMatchEulerDiscreteScheduler.from_pretrained, "scheduler"),
@@ -211,26 +210,34 @@ def originals(transformer: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _transformer(part: Part, device: Any, dtype: Any) -> Any:
-    width = part.shapes["x_embedder.weight"][0]
+    config = transformer_config(part)
+    groups = config["num_attention_heads"] // config["num_kv_heads"]
+    return single_file.filled(
+        lambda: Lumina2Transformer2DModel.from_config(config),
+        single_file.read_placed(part, placing(groups), config["hidden_size"] // groups),
+        device,
+        dtype,
+    )
+
+
+def transformer_config(part: Part) -> dict[str, Any]:
+    """Diffusers' configuration, read off the tensors of a file."""
+    width, patch = part.shapes["x_embedder.weight"]
     head = part.shapes["layers.0.attention.q_norm.weight"][0]
-    keys = (part.shapes["layers.0.attention.qkv.weight"][0] - width) // 2
     inner = part.shapes["layers.0.feed_forward.w1.weight"][0]
-
-    def make() -> Any:
-        return Lumina2Transformer2DModel(
-            in_channels=part.shapes["x_embedder.weight"][1] // 4,
-            hidden_size=width,
-            num_layers=part.count("layers.{}."),
-            num_refiner_layers=part.count("noise_refiner.{}."),
-            num_attention_heads=width // head,
-            num_kv_heads=keys // head,
-            multiple_of=256 if inner % 256 == 0 else inner,
-            axes_dim_rope=(head // 3,) * 3,
-            cap_feat_dim=part.shapes["cap_embedder.1.weight"][1],
-        )
-
-    read = single_file.read_placed(part, placing(width // keys), keys)
-    return single_file.filled(make, read, device, dtype)
+    keys = (part.shapes["layers.0.attention.qkv.weight"][0] - width) // 2
+    return {
+        # squares of 2x2
+        "in_channels": patch // 4,
+        "hidden_size": width,
+        "num_layers": part.count("layers.{}."),
+        "num_refiner_layers": part.count("noise_refiner.{}."),
+        "num_attention_heads": width // head,
+        "num_kv_heads": keys // head,
+        "multiple_of": 256 if inner % 256 == 0 else inner,
+        "axes_dim_rope": (head // 3,) * 3,
+        "cap_feat_dim": part.shapes["cap_embedder.1.weight"][1],
+    }
 
 
 def _gemma(part: Part, dtype: Any) -> Any:

@@ -134,6 +134,21 @@ class Source:
                 retryable=not beside,
             ) from error
 
+    def words(self, kind: Any, component: str, **settings: Any) -> Any:
+        """A tokenizer of transformers, which makes one without words where it finds no file.
+
+        Raises:
+            ModelError: it can be had nowhere.
+        """
+
+        def load(where: str, **told: Any) -> Any:
+            tokenizer = kind.from_pretrained(where, **told)
+            if tokenizer.get_vocab().keys() <= kind().get_vocab().keys():
+                raise OSError("no words are there")
+            return tokenizer
+
+        return self.get(load, component, **settings)
+
     def encoder(self, kind: Any, component: str, dtype: Any) -> Any:
         """A text encoder of transformers, which fills what is missing with random numbers.
 

@@ -24,7 +24,7 @@ def precision(dtype: Any) -> Any:
 
 def tokenizer(source: Source, component: str) -> Any:
     """Raises: ModelError, where it can be had nowhere."""
-    return source.get(T5TokenizerFast.from_pretrained, component)
+    return source.words(T5TokenizerFast, component)
 
 
 def encoder(source: Source, component: str, dtype: Any) -> Any:

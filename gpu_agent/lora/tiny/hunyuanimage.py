@@ -23,9 +23,11 @@ def write(out: Path, seed: int) -> None:
         out: a folder; or a name that ends in .safetensors, for a file beside which the other
             components' folders will lie.
     """
+    from gpu_agent.lora.tiny import parts
+
     pipeline = _pipeline(seed)
     if out.suffix != ".safetensors":
-        pipeline.save_pretrained(out)
+        parts.write(pipeline, out)
         return
     from gpu_agent.lora import tensor_file
     from gpu_agent.lora.families import hunyuanimage

@@ -8,10 +8,6 @@ from typing import Any
 #: Channels: of the transformer, four heads of 12 (rotations of three axes), and of the text.
 WIDTH = 48
 TEXT_WIDTH = 32
-#: Multiples of 32 (normalisation groups).
-VAE_WIDTHS = (32, 32, 32, 32)
-#: Log variance of the latents: an untrained VAE would drown the image in its own noise.
-_LOG_VARIANCE = -8.0
 
 
 def write(out: Path, seed: int) -> None:
@@ -21,9 +17,11 @@ def write(out: Path, seed: int) -> None:
         out: a folder; or a name that ends in .safetensors, for a file beside which the tokenizer's
             folder will lie.
     """
+    from gpu_agent.lora.tiny import parts
+
     pipeline = _pipeline(seed)
     if out.suffix != ".safetensors":
-        pipeline.save_pretrained(out)
+        parts.write(pipeline, out)
         return
     from gpu_agent.lora import tensor_file
     from gpu_agent.lora.families import ldm, lumina2, single_file
@@ -32,11 +30,12 @@ def write(out: Path, seed: int) -> None:
         single_file.DENOISER[0] + name: tensor
         for name, tensor in lumina2.originals(pipeline.transformer)
     }
+    levels = len(pipeline.vae.config["block_out_channels"])
     for name, tensor in pipeline.vae.state_dict().items():
         # the original's attention is made of 1x1 convolutions
         convolution = ".attentions." in name and tensor.ndim == 2
         stored = tensor[:, :, None, None] if convolution else tensor
-        tensors[f"vae.{ldm.vae_name(name, levels=len(VAE_WIDTHS))}"] = stored
+        tensors[f"vae.{ldm.vae_name(name, levels=levels)}"] = stored
     for name, tensor in pipeline.text_encoder.state_dict().items():
         tensors[lumina2.GEMMA[0] + name] = tensor
     tensor_file.write(out, tensors, {"format": "pt"})
@@ -46,12 +45,13 @@ def write(out: Path, seed: int) -> None:
 def _pipeline(seed: int) -> Any:
     import torch
     from diffusers import (
-        AutoencoderKL,
         FlowMatchEulerDiscreteScheduler,
         Lumina2Pipeline,
         Lumina2Transformer2DModel,
     )
     from transformers import Gemma2Config, Gemma2Model
+
+    from gpu_agent.lora.tiny import parts
 
     tokenizer = _tokenizer()
     with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -75,19 +75,7 @@ def _pipeline(seed: int) -> Any:
                 num_key_value_heads=1,
             )
         )
-        levels = len(VAE_WIDTHS)
-        vae = AutoencoderKL(
-            block_out_channels=VAE_WIDTHS,
-            down_block_types=("DownEncoderBlock2D",) * levels,
-            up_block_types=("UpDecoderBlock2D",) * levels,
-            latent_channels=16,
-            scaling_factor=0.3611,
-            shift_factor=0.1159,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-        )
-        vae.encoder.conv_out.weight[16:] = 0
-        vae.encoder.conv_out.bias[16:] = _LOG_VARIANCE
+        vae = parts.vae(scaling=0.3611, shift=0.1159)
     return Lumina2Pipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
