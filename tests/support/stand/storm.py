@@ -388,7 +388,10 @@ class Storm:
             pids = sorted(self.pids(victim))
             with contextlib.suppress(IndexError, ProcessLookupError):
                 pid = self._dice.choice(pids)
+                # a container has nothing left when its first process is gone
+                inside = descendants(pid) if victim == "machine" else frozenset()
                 os.kill(pid, signal.SIGKILL)
+                _signal(inside, signal.SIGKILL)
                 return victim, pid
 
     def _start_again(self) -> None:
