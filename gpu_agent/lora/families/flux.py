@@ -164,7 +164,7 @@ def pipeline(base: Path, work: Path) -> Any:
 def _parts(base: Path, device: Any, dtype: Any) -> dict[str, Any]:
     """By diffusers' names of components. Raises: ModelError."""
     try:
-        parts = _read(base, device, dtype)
+        parts = _read(base, dtype)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise ModelError("model.unreadable", f"{base.name} cannot be loaded: {error}") from error
     taken, made = parts["transformer"].config["in_channels"], parts["vae"].config["latent_channels"]
@@ -174,12 +174,14 @@ def _parts(base: Path, device: Any, dtype: Any) -> dict[str, Any]:
             "the denoiser takes more than latents: fill, depth and canny models are not trained",
         )
     return {
-        name: part if name.startswith("tokenizer") else single_file.placed(base, part, device)
+        name: single_file.placed(base, part, device, waits=name == "transformer")
+        if isinstance(part, torch.nn.Module)
+        else part
         for name, part in parts.items()
     }
 
 
-def _read(base: Path, device: Any, dtype: Any) -> dict[str, Any]:
+def _read(base: Path, dtype: Any) -> dict[str, Any]:
     source = Source(base, family("flux").repository)
     denoiser, eyes, short = source.denoiser(), source.part(VAE), source.part(CLIP_L)
     text_encoder = (
@@ -189,7 +191,7 @@ def _read(base: Path, device: Any, dtype: Any) -> dict[str, Any]:
     )
     words = text_encoder.config
     return {
-        "transformer": _transformer(denoiser, device, dtype)
+        "transformer": _transformer(denoiser, dtype)
         if denoiser
         else source.get(FluxTransformer2DModel.from_pretrained, "transformer", torch_dtype=dtype),
         "vae": single_file.vae(eyes, scaling=_VAE_SCALING, shift=_VAE_SHIFT)
@@ -202,13 +204,13 @@ def _read(base: Path, device: Any, dtype: Any) -> dict[str, Any]:
     }
 
 
-def _transformer(part: Part, device: Any, dtype: Any) -> Any:
+def _transformer(part: Part, dtype: Any) -> Any:
     config = transformer_config(part)
     width = config["num_attention_heads"] * config["attention_head_dim"]
     return single_file.filled(
         lambda: FluxTransformer2DModel.from_config(config),
         single_file.read_placed(part, placing, width),
-        device,
+        torch.device("cpu"),
         dtype,
     )
 

@@ -156,27 +156,27 @@ def _parts(base: Path, device: Any, dtype: Any) -> dict[str, Any]:
         ModelError: as `load`.
     """
     try:
-        parts = _read(base, device, dtype)
+        parts = _read(base, dtype)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise ModelError("model.unreadable", f"{base.name} cannot be loaded: {error}") from error
     if parts["transformer"].config["in_channels"] != parts["vae"].config["latent_channels"]:
         raise ModelError("model.family", "denoiser and VAE do not fit each other")
     return {
-        name: part
-        if part is None or name.startswith("tokenizer")
-        else single_file.placed(base, part, device)
+        name: single_file.placed(base, part, device, waits=name == "transformer")
+        if isinstance(part, torch.nn.Module)
+        else part
         for name, part in parts.items()
     }
 
 
-def _read(base: Path, device: Any, dtype: Any) -> dict[str, Any]:
+def _read(base: Path, dtype: Any) -> dict[str, Any]:
     source = Source(base, family("sd3").repository)
     denoiser, eyes = source.denoiser(), source.part(VAE)
     first = _clip(source, CLIP_L, "text_encoder")
     second = _clip(source, CLIP_G, "text_encoder_2")
     with_t5 = _has_t5(source)
     return {
-        "transformer": _transformer(denoiser, device, dtype)
+        "transformer": _transformer(denoiser, dtype)
         if denoiser
         else source.get(SD3Transformer2DModel.from_pretrained, "transformer", torch_dtype=dtype),
         "vae": single_file.vae(eyes, scaling=_VAE_SCALING, shift=_VAE_SHIFT)
@@ -216,12 +216,12 @@ def _words(encoder: Any, source: Source, component: str, pad: str) -> Any:
     )
 
 
-def _transformer(part: Part, device: Any, dtype: Any) -> Any:
+def _transformer(part: Part, dtype: Any) -> Any:
     config = transformer_config(part)
     return single_file.filled(
         lambda: SD3Transformer2DModel.from_config(config),
         single_file.read_placed(part, placing, config["caption_projection_dim"]),
-        device,
+        torch.device("cpu"),
         dtype,
     )
 

@@ -188,12 +188,20 @@ def filled(
     return model.eval()
 
 
-def placed(base: Path, part: Any, device: Any) -> Any:
-    """A checked component, on the device. Raises: ModelError."""
+def placed(base: Path, part: Any, device: Any, *, waits: bool = False) -> Any:
+    """A checked component, on the device.
+
+    Args:
+        waits: leave it where its file is mapped, for `fit` to bring over when texts and images are
+            encoded: not every GPU holds a denoiser beside T5.
+
+    Raises:
+        ModelError: weights are missing or not finite.
+    """
     check_whole(base, part)
     if device.type == "cpu":
         settle(part)
-    return part.to(device)
+    return part if waits else part.to(device)
 
 
 # --- where diffusers' layers lie in the original code's ------------------------------------------
