@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 
 from gpu_agent.lora import draws, tensor_file
 from gpu_agent.lora.data import Bucket, Picture
-from gpu_agent.lora.errors import DatasetError
+from gpu_agent.lora.errors import DatasetError, JobError
 from gpu_agent.lora.families.base import Conditions, Model
 from gpu_agent.recipe import Recipe
 
@@ -125,6 +125,13 @@ class Cache:
         return {name: tensor[0].cpu() for name, tensor in said.items()}
 
     def _encode_picture(self, picture: Picture) -> dict[str, Any]:
+        if any(side % self._model.side_factor for side in picture.bucket):
+            width, height = picture.bucket
+            raise JobError(
+                "recipe.invalid",
+                f"resolution {self._recipe.resolution} makes images of {width}x{height} pixels, "
+                f"but this model's sides are multiples of {self._model.side_factor}; take 256",
+            )
         moments = torch.stack(
             [self._model.encode_image(view) for view in self._views(picture.pixels())]
         )

@@ -1,5 +1,6 @@
 """What the data side of a recipe does to a training, on the tiny base and real photographs."""
 
+import csv
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -34,15 +35,19 @@ def cache_of(model, tmp_path):
     return lambda **recipe: Cache(model, Recipe(**TINY, **recipe), tmp_path / "cache", "here")
 
 
-@pytest.fixture
-def few(photos, tmp_path):
-    """Two photographs with captions of several parts."""
-    folder = tmp_path / "few"
+def brought(photos, where):
+    """A folder with two photographs and captions of several parts."""
+    folder = where / "few"
     folder.mkdir()
     for name in ("chelsea", "coffee"):
         shutil.copy(photos / f"{name}.jpg", folder)
         (folder / f"{name}.txt").write_text(f"sks, {name}, on a table, in the sun, seen from above")
     return folder
+
+
+@pytest.fixture
+def few(photos, tmp_path):
+    return brought(photos, tmp_path)
 
 
 def pictures(folder, **recipe):
@@ -260,7 +265,13 @@ def test_an_image_of_which_the_vae_makes_no_numbers_is_named(cache_of, model, fe
 
 # --- prior preservation ---------------------------------------------------------------------
 
-PRIOR = {"steps": 2, "batch_size": 2, "learning_rate": 0.01, "prior_prompt": "a cup"}
+PRIOR = {
+    "steps": 2,
+    "validation_every": 2,
+    "batch_size": 2,
+    "learning_rate": 0.01,
+    "prior_prompt": "a cup",
+}
 
 
 @pytest.fixture(scope="module")
@@ -286,14 +297,29 @@ def test_images_of_the_class_are_painted_before_the_training(with_prior):
     assert started["label"] == "train-eval"
 
 
-def test_painted_images_follow_from_the_seed_and_are_not_painted_again(with_prior):
-    workshop, job, heard = with_prior
-    files = sorted(Path(job["work_dir"]).glob("prior/*/*.png"))
-    files[0].write_bytes(files[0].read_bytes()[:100])  # as a full disk would leave it
-    before = files[1].stat().st_mtime_ns
-    again, _ = workshop.train(job)
-    assert result(again) == result(heard)
-    assert files[1].stat().st_mtime_ns == before
+def test_painted_images_follow_from_the_seed_and_are_not_painted_again(cache_of, model, tmp_path):
+    from accelerate import Accelerator
+
+    from gpu_agent.lora import prior
+    from gpu_agent.lora.talk import Orders, Pulse
+
+    def paint():
+        recipe = Recipe(**TINY, prior_prompt="a cup", prior_images=2)
+        pulse, accelerator = Pulse(Silent(), Orders()), Accelerator(cpu=True)
+        return prior.painted(model, cache_of(), recipe, tmp_path / "prior", accelerator, pulse)
+
+    first = paint()
+    broken, whole = (picture.path for picture in first)
+    before = whole.stat().st_mtime_ns
+    broken.write_bytes(broken.read_bytes()[:100])  # as a full disk would leave it
+    assert paint() == first
+    assert whole.stat().st_mtime_ns == before
+
+
+class Silent:
+    """Hears nothing."""
+
+    def emit(self, event, **fields): ...
 
 
 def test_images_of_the_class_count_by_their_weight_and_are_not_validated(workshop, with_prior):
@@ -310,31 +336,62 @@ def test_images_of_the_class_count_by_their_weight_and_are_not_validated(worksho
 
 # --- all of it together ---------------------------------------------------------------------
 
+ALL = {
+    "steps": 3,
+    "validation_every": 3,
+    "batch_size": 2,
+    "caption_shuffle": True,
+    "caption_dropout": 0.3,
+    "flip": True,
+    "masked_loss": True,
+    "prior_prompt": "a rocket",
+    "checkpoint_s": 1e-6,
+    "learning_rate": 0.01,
+}
 
-def test_a_training_with_all_of_it_goes_on_bit_for_bit(workshop, few, photos):
-    masked(few, left_half)
-    (few / "coffee.txt").unlink()
-    (few / "regularization").mkdir()
-    shutil.copy(photos / "rocket.jpg", few / "regularization")
-    recipe = {
-        "steps": 3,
-        "batch_size": 2,
-        "caption_shuffle": True,
-        "caption_dropout": 0.3,
-        "flip": True,
-        "masked_loss": True,
-        "prior_prompt": "a rocket",
-        "checkpoint_s": 1e-6,
-        "learning_rate": 0.01,
-    }
-    whole, _ = workshop.train(workshop.job("whole", photos=few, cache="ram", **recipe))
+
+def losses_of(heard):
+    """The base's, when it was validated, and those of the steps that it was trained for."""
+    rows = list(csv.DictReader(result(heard)[1].decode().splitlines()))
+    return [rows[0]["validation_loss"], *(row["loss"] for row in rows[1:])]
+
+
+@pytest.fixture(scope="module")
+def with_all(tmp_path_factory, workshop_in, photos):
+    """A training with masks, shuffled captions and an image of the class that was brought."""
+    folder = tmp_path_factory.mktemp("all")
+    images = brought(photos, folder)
+    masked(images, left_half)
+    (images / "coffee.txt").unlink()
+    (images / "regularization").mkdir()
+    shutil.copy(photos / "rocket.jpg", images / "regularization")
+    workshop = replace(workshop_in(folder), photos=images)
+    heard, done = workshop.train(workshop.job("whole", cache="ram", **ALL))
+    assert done
+    return workshop, heard
+
+
+def test_a_training_with_all_of_it_goes_on_bit_for_bit(with_all):
+    workshop, whole = with_all
     moved = workshop.folder / "moved"
     shutil.copytree(whole.all("checkpoint")[1]["path"], moved)
-    resumed, _ = workshop.train(
-        workshop.job("resumed", photos=few, cache="disk", resume_dir=moved, **recipe)
-    )
+    resumed, _ = workshop.train(workshop.job("resumed", cache="disk", resume_dir=moved, **ALL))
     started = resumed.one("started")
     assert started["step"] == 2
     # what the customer may not have wanted
     assert started["warnings"] == ["no caption, so called 'a photo of sks': coffee.jpg"]
     assert result(resumed) == result(whole)
+
+
+def test_masks_count_in_training_and_in_validation(with_all):
+    workshop, whole = with_all
+    plain, _ = workshop.train(workshop.job("plain", **{**ALL, "masked_loss": False}))
+    assert all(one != two for one, two in zip(losses_of(whole), losses_of(plain), strict=True))
+
+
+def test_shuffled_captions_are_trained_on_and_written_ones_validated(with_all):
+    workshop, whole = with_all
+    still, _ = workshop.train(workshop.job("still", **{**ALL, "caption_shuffle": False}))
+    mine, theirs = losses_of(whole), losses_of(still)
+    assert mine[0] == theirs[0]
+    assert mine[1:] != theirs[1:]
