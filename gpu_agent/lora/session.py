@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from gpu_agent.lora import captions, checkpoint, curve, data, export, prior
+from gpu_agent.lora import captions, checkpoint, compiled, curve, data, export, prior
 from gpu_agent.lora.adapter import Adapter, Trainable
 from gpu_agent.lora.cache import Cache, origin_of
 from gpu_agent.lora.errors import JobError
@@ -145,6 +145,10 @@ def _train(
         draw_samples=painter.paint,
     )
     fit.try_out(loop.try_pass)
+    shapes = {sample.bucket for sample in samples.values()}
+    compiles = compiled.pays(job.recipe, fit.way, accelerator.device, len(shapes))
+    if compiles:
+        compiles = compiled.compile_blocks(model, job.work_dir, fit.way)
     refused = None
     if accelerator.is_main_process:
         refused = _resume(loop, checkpoints, job.resume_dir)
@@ -172,7 +176,7 @@ def _train(
         device=accelerator.device.type,
         processes=accelerator.num_processes,
         precision=accelerator.mixed_precision,
-        fit=fit.told(),
+        fit={**fit.told(), "compile": compiles},
     )
     if not loop.run():
         return False
