@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from PIL import ImageChops
 
 from gpu_agent.lora import tiny_base
 from gpu_agent.lora.families import family, sd3
@@ -69,11 +70,13 @@ def test_a_sample_image_is_the_one_that_diffusers_paints(tiny):
         height=64,
         width=64,
         num_inference_steps=3,
+        # ours are evenly spread before the shift; SD3's default ends a thousandth earlier
         sigmas=[1.0, 2 / 3, 1 / 3],
         latents=noise,
-        output_type="latent",
-    ).images
-    assert torch.allclose(latents, theirs, atol=1e-4)
+    )
+    # rounding may put a pixel one level higher or lower
+    far = ImageChops.difference(model.decode(latents), theirs.images[0]).getextrema()
+    assert max(most for _, most in far) <= 1
 
 
 def test_the_last_blocks_scale_and_shift_change_places_in_kohyas_file():

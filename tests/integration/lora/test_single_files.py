@@ -230,6 +230,19 @@ PUBLISHED = {
         (243, 385),
         263,
     ),
+    "sd3.5-large": (
+        SD3Transformer2DModel,
+        {
+            "num_layers": 38,
+            "num_attention_heads": 38,
+            "caption_projection_dim": 2432,
+            "pos_embed_max_size": 192,
+            "qk_norm": "rms_norm",
+        },
+        8057,
+        (303, 529),
+        377,
+    ),
 }
 
 
