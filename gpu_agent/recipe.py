@@ -165,7 +165,7 @@ class RecipeError(ValueError):
 
 #: The dial. `steps` and `rank` are common practice for subjects of 5 to 50 photographs.
 QUALITIES: Mapping[str, Mapping[str, Any]] = {
-    "draft": {"steps": 300, "rank": 8, "validation_every": 50},
+    "draft": {"steps": 300, "rank": 8},
     "standard": {"steps": 1000, "rank": 16},
     "fine": {"steps": 2000, "rank": 32, "targets": "full", "ema_decay": 0.99, "patience": 8},
 }

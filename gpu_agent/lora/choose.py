@@ -27,9 +27,9 @@ class Validation:
 
     Attributes:
         loss: the mean over all cases, each noise level weighted by what the base model lost there.
-        stderr: its standard error, over the cases.
+        stderr: its standard error, from the spread of the cases of each level.
         levels: noise level in (0, 1), mean loss there without that weight, and its standard error.
-        cases: the weighted loss of each case, always in the same order.
+        cases: the weighted loss of each case, level by level, always in the same order.
     """
 
     loss: float
@@ -59,9 +59,14 @@ def waited(validations: Mapping[int, Validation]) -> int:
     return len(steps) - 1 - steps.index(lowest)
 
 
-def standard_error(values: tuple[float, ...]) -> float:
-    """Of the mean; 0 for a single value."""
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+def standard_error(values: tuple[float, ...], strata: int = 1) -> float:
+    """Of the mean of values, as many in a row of each stratum; what differs between strata by
+    design is no error (Cochran, Sampling Techniques, 5.5). 0 for a single value."""
+    size = len(values) // strata
+    if size < 2:
+        return 0.0
+    parts = (values[start : start + size] for start in range(0, len(values), size))
+    return math.sqrt(sum(statistics.variance(part) / size for part in parts)) / strata
 
 
 def _trained(validations: Mapping[int, Validation]) -> list[int]:
@@ -91,6 +96,5 @@ def _counted(validations: Mapping[int, Validation], step: int) -> float:
 
 
 def _paired_error(one: Validation, other: Validation) -> float:
-    return standard_error(
-        tuple(here - there for here, there in zip(one.cases, other.cases, strict=True))
-    )
+    apart = tuple(here - there for here, there in zip(one.cases, other.cases, strict=True))
+    return standard_error(apart, max(1, len(one.levels)))

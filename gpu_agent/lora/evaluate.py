@@ -10,8 +10,8 @@ alone. So each level is weighted by the base model: its weight is the mean of th
 its loss at this level. The loss of step 0 is then the plain mean; that of any other is as many
 times smaller as the losses are in the mean over the levels. The plain losses are told beside it.
 
-The standard error is that of the mean over cases. It tells how far the number may be from that of
-all noise on pictures like these; for two steps of one training see `choose`.
+The standard error comes from the spread of the cases within each level. It tells how far the number
+may be from that of all noise on pictures like these; for two steps of one training see `choose`.
 """
 
 from __future__ import annotations
@@ -34,10 +34,12 @@ from gpu_agent.recipe import Recipe
 LEVELS = 4
 #: Validation may take this share of a training's time.
 SHARE = 0.05
-#: A training step of one image in forward passes of validation, at least; 3.7 to 4.1 were measured
-#: on CPUs. With frozen weights there is no less to do than to go forward and back.
-STEP_COST = 3
-#: No more rounds than this, however long the training: errors fall with the root of their number.
+#: A training step of one image in forward passes of validation: 3.7 and 4.1 were measured on a CPU,
+#: for small and large images.
+STEP_COST = 3.5
+#: No fewer rounds than this, however often there is a validation: one has no spread.
+LEAST_ROUNDS = 2
+#: No more than this, however seldom: errors fall with the root of their number.
 MOST_ROUNDS = 16
 #: Samples in one forward pass, where memory allows.
 _BATCH = 16
@@ -46,7 +48,7 @@ _BATCH = 16
 def rounds(recipe: Recipe) -> int:
     """How many times the validation goes through the levels: what its share of time allows."""
     images = recipe.validation_every * recipe.batch_size * recipe.gradient_accumulation
-    return min(MOST_ROUNDS, max(1, int(SHARE * STEP_COST * images) // (2 * LEVELS)))
+    return min(MOST_ROUNDS, max(LEAST_ROUNDS, int(SHARE * STEP_COST * images) // (2 * LEVELS)))
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ class Evaluator:
         told = tuple(weighted.tolist())
         return Validation(
             loss=float(weighted.mean()),
-            stderr=standard_error(told),
+            stderr=standard_error(told, LEVELS),
             levels=tuple(
                 (float(level), float(mean), standard_error(tuple(some.tolist())))
                 for level, mean, some in zip(

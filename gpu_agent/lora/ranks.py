@@ -44,7 +44,10 @@ class Rank:
 
         # what `accelerate launch` would have set
         os.environ.update(
-            RANK=str(self.number), LOCAL_RANK=str(self.number), WORLD_SIZE=str(self.count)
+            RANK=str(self.number),
+            LOCAL_RANK=str(self.number),
+            WORLD_SIZE=str(self.count),
+            LOCAL_WORLD_SIZE=str(self.count),
         )
         if backend == "nccl":
             from accelerate.utils import check_cuda_p2p_ib_support

@@ -6,6 +6,7 @@ import queue
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -125,12 +126,12 @@ def workshop(tmp_path, workshop_in):
 class Trainer:
     """`python -m gpu_agent.lora` as the agent runs it: lines out, lines in."""
 
-    def __init__(self, job, folder, code=REPOSITORY):
+    def __init__(self, job, folder, code=REPOSITORY, arguments=()):
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / "job.json"
         file.write_text(json.dumps(job) if isinstance(job, dict) else job)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "gpu_agent.lora", "--job", str(file)],
+            [sys.executable, "-m", "gpu_agent.lora", "--job", str(file), *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -177,8 +178,8 @@ def start(tmp_path):
     """Start trainers; what still runs at the end of the test is killed."""
     started = []
 
-    def begin(job, code=REPOSITORY):
-        started.append(Trainer(job, tmp_path / f"process-{len(started)}", code))
+    def begin(job, code=REPOSITORY, arguments=()):
+        started.append(Trainer(job, tmp_path / f"process-{len(started)}", code, arguments))
         return started[-1]
 
     yield begin
@@ -186,3 +187,17 @@ def start(tmp_path):
         if trainer.process.poll() is None:
             trainer.process.kill()
             trainer.end()
+
+
+@pytest.fixture
+def until():
+    """Wait for something that another process does; its value."""
+
+    def wait(holds):
+        end = time.monotonic() + PATIENCE
+        while not (value := holds()):
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        return value
+
+    return wait
