@@ -31,8 +31,19 @@ from state.events import Dataset, DatasetStatus
 from state.policy import Policy
 from state.store import Store
 
-FORMATS = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "BMP": ".bmp", "TIFF": ".tif"}
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
+#: MPO is what many phones call a JPEG with a second picture in it.
+FORMATS = {
+    "JPEG": ".jpg",
+    "MPO": ".jpg",
+    "PNG": ".png",
+    "WEBP": ".webp",
+    "AVIF": ".avif",
+    "BMP": ".bmp",
+    "TIFF": ".tif",
+}
+IMAGE_SUFFIXES = {*FORMATS.values(), ".jpeg", ".tiff"}
+#: EXIF's tag for how a picture is turned, and its values that exchange width and height.
+_ORIENTATION, _TURNED = 0x0112, frozenset({5, 6, 7, 8})
 MAX_PIXELS = 100_000_000
 MIN_SIDE = 64
 SMALL_SIDE = 256
@@ -366,19 +377,22 @@ class _Packed:
 
 
 def _look_at(name: str, stream: IO[bytes], sheet: Sheet) -> tuple[str, int, int] | None:
-    """Decode an image fully; its suffix, width and height in pixels, or None when refused."""
+    """Decode an image fully; its suffix, width and height in pixels as it is looked at, or None
+    when refused."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of what is refused below by size
             with Image.open(stream) as image:
                 kind, (width, height) = image.format or "", image.size
                 if kind not in FORMATS:
-                    sheet.refuse(name, f"is {kind}; use JPEG, PNG, WebP, BMP or TIFF")
+                    sheet.refuse(name, f"is {kind}; use JPEG, PNG, WebP, AVIF, BMP or TIFF")
                     return None
                 if width * height > MAX_PIXELS:
                     sheet.refuse(name, f"has {width}x{height} pixels; at most 100 million")
                     return None
                 image.load()
+                if image.getexif().get(_ORIENTATION) in _TURNED:
+                    width, height = height, width
     except Exception:  # noqa: BLE001 -- of damaged files, each decoder raises what it likes
         sheet.refuse(name, _why_no_image(name))
         return None

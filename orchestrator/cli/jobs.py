@@ -37,7 +37,7 @@ LOGS_S = 1.0
 CLASS_FOLDER = "regularization"
 #: Of a recipe, what a plan always says.
 _TOLD = ("quality", "steps", "resolution", "adapter", "rank", "targets", "learning_rate")
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff"}
 
 
 def register(app: typer.Typer) -> None:

@@ -132,6 +132,24 @@ def test_masks_and_images_of_the_class_come_along(shop: Shop) -> None:
     assert [item["name"] for item in dataset.report["regularization"]] == ["regularization/b.jpg"]
 
 
+def test_a_photograph_that_lies_on_its_side_has_the_size_it_is_looked_at(shop: Shop) -> None:
+    """A mask is drawn over what a phone shows, not over what it stored."""
+    turned, out = Image.Exif(), io.BytesIO()
+    turned[0x0112] = 6
+    Image.new("RGB", (400, 300)).save(out, "JPEG", exif=turned)
+    mask = io.BytesIO()
+    Image.new("L", (300, 400), 255).save(mask, "PNG")
+    dataset = shop.build(("a.jpg", out.getvalue()), ("a.mask.png", mask.getvalue()))
+    assert dataset.report["refused"] == []
+    assert (dataset.report["kept"][0]["width"], dataset.report["kept"][0]["height"]) == (300, 400)
+
+
+@pytest.mark.parametrize(("kind", "suffix"), [("MPO", ".jpg"), ("AVIF", ".avif")])
+def test_what_phones_write_is_kept(shop: Shop, kind: str, suffix: str) -> None:
+    dataset = shop.build(("a" + suffix, photo(kind=kind)))
+    assert dataset.report["kept"][0]["as"] == "00000" + suffix
+
+
 def test_images_of_the_class_alone_are_no_dataset(shop: Shop) -> None:
     dataset = shop.build(("regularization/b.jpg", photo()))
     assert dataset.status is DatasetStatus.REFUSED
