@@ -34,7 +34,7 @@ STOPPED = 75
 #: The first file of a base that is a folder.
 FOLDER_INDEXES = frozenset({"model_index.json", "modular_model_index.json"})
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*")
-_ABOUT = ("loss_first", "loss_best", "best_step", "label")
+_ABOUT = ("loss_first", "loss_best", "best_step", "label", "steps", "ended")
 
 Report = Callable[[Fact, Mapping[str, Any]], None]
 
@@ -113,6 +113,7 @@ class Work:
             halt=halt,
         )
         self._refused: list[str] = []
+        self._gpus = 0
         self._step = 0
         self._doing: dict[str, Any] = {}
         self.phase = "starting"
@@ -134,6 +135,7 @@ class Work:
             Halted: it was told to end.
         """
         about = probe(self._home)
+        self._gpus = about.get("gpus") or 0
         log.info("this machine: %s", about)
         self._report(Fact.GPU_READY, about)
         paths = self._prepare()
@@ -327,7 +329,7 @@ class Work:
     # --- training ------------------------------------------------------------------------------
 
     def _train(self, paths: Paths) -> None:
-        launch = self._method.launch(self._spec, paths)
+        launch = self._method.launch(self._spec, paths, self._gpus)
         self._report(
             Fact.FILES_POSITIONED,
             {"resumed": paths.resume is not None, "refused": self._refused},
@@ -472,9 +474,9 @@ def _about(result: Mapping[str, Any]) -> dict[str, Any]:
 
 def _validation(said: Mapping[str, Any]) -> dict[str, Any]:
     """A validation as progress: its latest values, and a point of the series."""
-    step, loss, stderr = (said.get(key) for key in ("step", "loss", "stderr"))
-    point = {"step": step, "validation_loss": loss, "validation_stderr": stderr}
-    return {"validation_loss": loss, "validation_stderr": stderr, "points": [point]}
+    keys = [key for key in ("loss", "stderr", "levels") if key in said]
+    latest = {f"validation_{key}": said[key] for key in keys}
+    return {**latest, "points": [{"step": said.get("step"), **latest}]}
 
 
 def _counted(said: Mapping[str, Any]) -> dict[str, Any]:

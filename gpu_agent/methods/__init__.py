@@ -41,8 +41,8 @@ class Method(Protocol):
     def requirements(self) -> Sequence[str]:
         """Python packages that the trainer imports, as `name>=1.2,<2`."""
 
-    def launch(self, spec: JobSpec, paths: Paths) -> Launch:
-        """Put the configuration in place, and say how to start."""
+    def launch(self, spec: JobSpec, paths: Paths, gpus: int) -> Launch:
+        """Put the configuration in place, and say how to start on so many GPUs; 0 is a CPU."""
 
     def read(self, line: str) -> dict[str, Any] | None:
         """Read one line."""

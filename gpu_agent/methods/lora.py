@@ -36,7 +36,7 @@ class Lora:
         "transformers>=5,<6",
     )
 
-    def launch(self, spec: JobSpec, paths: Paths) -> Launch:
+    def launch(self, spec: JobSpec, paths: Paths, gpus: int) -> Launch:
         job = paths.work / "job.json"
         job.write_text(
             json.dumps(
@@ -52,8 +52,11 @@ class Lora:
                 indent=1,
             )
         )
+        argv = [sys.executable, "-m", "gpu_agent.lora", "--job", str(job)]
+        if gpus > 1:
+            argv += ["--processes", str(gpus)]
         return Launch(
-            argv=(sys.executable, "-m", "gpu_agent.lora", "--job", str(job)),
+            argv=argv,
             env={"PYTHONPATH": str(_package_root(paths.work)), "PYTHONUNBUFFERED": "1"},
         )
 

@@ -459,8 +459,8 @@ class FakeMethod:
     requirements: tuple[str, ...] = ()
     lora: Lora = field(default_factory=Lora)
 
-    def launch(self, spec: wire.JobSpec, paths: Paths) -> Launch:
-        launch = self.lora.launch(spec, paths)
+    def launch(self, spec: wire.JobSpec, paths: Paths, gpus: int) -> Launch:
+        launch = self.lora.launch(spec, paths, gpus)
         program = paths.work / "fake_trainer.py"
         program.write_text(HEAD + textwrap.dedent(self.code))
         argv = list(launch.argv)

@@ -143,7 +143,7 @@ def test_checkpoints_and_samples_are_uploaded_while_training(stoker, start, unti
         open(os.path.join(job["work_dir"], "step-2", name), "w").write(name)
     say("checkpoint", step=2, path=os.path.join(job["work_dir"], "step-2"), best=True)
     say("sample", step=2, path=keep("sample-2.png", b"pixels"), prompt="a dog")
-    say("validation", step=2, loss=0.5, stderr=0.1)
+    say("validation", step=2, loss=0.5, stderr=0.1, levels=[[0.125, 0.75, 0.2]])
     sys.stdin.readline()
     complete()
     """
@@ -161,7 +161,14 @@ def test_checkpoints_and_samples_are_uploaded_while_training(stoker, start, unti
     sample = stoker.report("training.sample").data
     assert (sample["prompt"], sample["name"]) == ("a dog", "samples/sample-2.png")
     assert stoker.uploads["samples/sample-2.png"] == b"pixels"
-    assert stoker.report("training.progress").data["validation_loss"] == 0.5
+    validation = {
+        "validation_loss": 0.5,
+        "validation_stderr": 0.1,
+        "validation_levels": [[0.125, 0.75, 0.2]],
+    }
+    said = stoker.report("training.progress").data
+    assert {key: said[key] for key in validation} == validation
+    assert said["points"] == [{"step": 2, **validation}]
     stoker.orders = ["checkpoint_now"]
     assert agent.join() == 0
     files = [item["name"] for item in stoker.report("weights.uploaded").data["files"]]
@@ -218,6 +225,17 @@ def test_no_process_of_a_trainer_that_will_not_stop_is_left(stoker, start, until
     stoker.orders = ["cancel"]
     assert agent.join() == 1
     until(lambda: not any(alive(pid) for pid in pids))
+
+
+@pytest.mark.parametrize(("gpus", "more"), [(1, []), (2, ["--processes", "2"])])
+def test_each_gpu_of_the_machine_gets_a_process(stoker, start, tmp_path, monkeypatch, gpus, more):
+    smi = tmp_path / "bin" / "nvidia-smi"
+    smi.parent.mkdir()
+    row = "NVIDIA GeForce RTX 4090, 24564, 550.54"
+    smi.write_text(f"#!/bin/sh\nfor gpu in $(seq {gpus}); do echo '{row}'; done\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{smi.parent}:{os.environ['PATH']}")
+    assert start(f"assert sys.argv[3:] == {more!r}, sys.argv; complete()").join() == 0
 
 
 def test_a_trainer_sees_no_secret(stoker, start, monkeypatch):

@@ -329,6 +329,24 @@ def test_a_running_job_shows_its_machine_cost_progress_and_states(edge, client, 
     assert attempts[0]["leases"][0]["gpu"] == "RTX 4090"
 
 
+def test_a_jobs_curves_are_the_points_of_its_events(edge, client, alice):
+    agent = edge.agent()
+    for fact in (Fact.GPU_READY, Fact.IMAGES_READY, Fact.MODEL_READY, Fact.FILES_POSITIONED):
+        agent.report(fact)
+    steps = [[1, 0.5, 1e-4, 0.2], [2, 0.4, 1e-4, 0.1], {"step": 2, "memory_mib": 900}]
+    validation = [{"step": 2, "validation_loss": 0.3, "validation_levels": [[0.125, 0.6, 0.01]]}]
+    agent.report(Fact.TRAINING_PROGRESS, step=2, total=4, points=steps)
+    agent.report(Fact.TRAINING_PROGRESS, validation_loss=0.3, points=validation)
+    events = client.get(f"/v1/jobs/{agent.spec.job}/events", headers=alice).json["data"]
+    assert [point for event in events for point in event["data"].get("points", [])] == [
+        *steps,
+        *validation,
+    ]
+    training = client.get(f"/v1/jobs/{agent.spec.job}", headers=alice).json["progress"]["training"]
+    assert training["validation_loss"] == 0.3
+    assert "points" not in training
+
+
 def test_events_are_read_in_pages(edge, client, alice):
     agent = edge.agent()
     for _ in range(5):

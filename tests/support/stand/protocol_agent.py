@@ -27,8 +27,8 @@ class Protocol(Lora):
 
     requirements: Sequence[str] = ()
 
-    def launch(self, spec: JobSpec, paths: Paths) -> Launch:
-        launch = super().launch(spec, paths)
+    def launch(self, spec: JobSpec, paths: Paths, gpus: int) -> Launch:
+        launch = super().launch(spec, paths, gpus)
         if spec.recipe.get("trigger") == "real":
             return launch
         argv: list[Any] = [sys.executable, "-I", "-S", str(TRAINER), *launch.argv[3:]]
