@@ -71,7 +71,11 @@ def tokenizer_for(
             f"put its tokenizer into a folder named {folder} beside the model",
         )
     try:
-        return CLIPTokenizer.from_pretrained(_CLIP_REPO, **said)
+        tokenizer = CLIPTokenizer.from_pretrained(_CLIP_REPO, **said)
+        # transformers makes one without words where it finds no file
+        if len(tokenizer) != words:
+            raise OSError("no words are there")
+        return tokenizer
     except (OSError, ValueError) as error:
         raise ModelError(
             "model.tokenizer",
