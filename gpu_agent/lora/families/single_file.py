@@ -394,7 +394,9 @@ def vae(part: Part, *, scaling: float, shift: float) -> Any:
         # the original's attention is made of 1x1 convolutions
         return part.tensor(ldm.vae_name(name, levels=levels)).reshape(shape)
 
-    return filled(lambda: AutoencoderKL.from_config(config), read, torch.device("cpu"), None)
+    return filled(
+        lambda: AutoencoderKL.from_config(config), read, torch.device("cpu"), torch.float32
+    )
 
 
 def clip(part: Part, *, projected: bool) -> Any:

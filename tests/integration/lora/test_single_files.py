@@ -8,6 +8,7 @@ from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 from diffusers.loaders import single_file_utils
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from gpu_agent.lora import tiny_base
@@ -140,23 +141,29 @@ def test_what_is_nowhere_is_named_with_where_to_get_it(tiny, tmp_path, monkeypat
     assert family(name).repository in str(raised.value)
 
 
-def test_eight_bit_floats_stand_for_what_they_say_times_their_scale(tiny, tmp_path):
+@torch.no_grad()
+def test_a_file_of_eight_bit_floats_is_read_as_the_numbers_they_stand_for(tiny, tmp_path):
     name, folder, tensors = tiny
-    query = (
+    eight = {
+        key: tensor.to(torch.float8_e4m3fn if tensor.ndim == 2 else torch.bfloat16)
+        for key, tensor in tensors.items()
+    }
+    layer = (
         TRANSFORMER
         + {
-            "flux": "double_blocks.0.img_mlp.0.weight",
-            "sd3": "joint_blocks.0.x_block.mlp.fc1.weight",
+            "flux": "double_blocks.0.img_mlp.0.",
+            "sd3": "joint_blocks.0.x_block.mlp.fc1.",
         }[name]
     )
-    eight = tensors[query].to(torch.float8_e4m3fn)
-    scale = query.removesuffix("weight") + "scale_weight"
     words = "tokenizer_2" if name == "flux" else "tokenizer_3"
-    scaled = {**tensors, query: eight, scale: torch.tensor([0.5])}
-    file = written(tmp_path, scaled, [words], folder)
-    got = load(name, file, torch.bfloat16).denoiser.transformer_blocks[0].ff.net[0].proj.weight
-    assert got.dtype == torch.bfloat16
-    assert torch.equal(got, (eight.float() * 0.5).bfloat16())
+    scale = {f"{layer}scale_weight": torch.tensor([0.5])}
+    model = load(name, written(tmp_path, {**eight, **scale}, [words], folder))
+    got = model.denoiser.transformer_blocks[0].ff.net[0].proj.weight
+    assert torch.equal(got, eight[f"{layer}weight"].float() * 0.5)
+    moments = model.encode_image(Image.new("RGB", (64, 64)))
+    told = model.encode_texts(["a cat"])
+    noisy = model.draw_latents(moments[None], torch.zeros(1, 16, 8, 8))
+    assert model.predict(noisy, torch.tensor([0.5]), told).isfinite().all()
 
 
 @pytest.mark.parametrize("spoil", ["quantised", "incomplete"])
