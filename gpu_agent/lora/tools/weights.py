@@ -52,12 +52,12 @@ class Weights:
         named = _folder_places(base, family) if base.is_dir() else _file_places(base)
         self.layers = dict(named)
         self.files = sorted({place.file for place in self.layers.values()})
+        self._opened: dict[Path, Any] = {file: safe_open(file, "pt") for file in self.files}
 
     def read(self, layer: str) -> Any:
         """Its weight in fp32. Raises: ModelError, it is not finite."""
         place = self.layers[layer]
-        with safe_open(place.file, "pt") as opened:
-            weight = place.of(opened.get_tensor(place.name)).float()
+        weight = place.of(self._opened[place.file].get_tensor(place.name)).float()
         if not torch.isfinite(weight).all():
             raise ModelError("model.not_finite", f"{layer} of {self.base.name} is not finite")
         return weight

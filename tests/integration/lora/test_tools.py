@@ -1,5 +1,6 @@
 """Merging, extracting and resizing, by what a model with the result does."""
 
+import functools
 import json
 
 import pytest
@@ -57,14 +58,41 @@ def drawn(made):
     from gpu_agent.lora.check import _render
     from gpu_agent.lora.families import family
 
-    def draw(name, base, lora=None):
+    @functools.cache
+    def pipeline_of(name, base):
         pipeline = family(name).pipeline(base, made[2] / "config")
         pipeline.set_progress_bar_config(disable=True)
-        if lora is not None:
-            pipeline.load_lora_weights(lora.parent, weight_name=lora.name)
-        return _render(pipeline, 64, 2)
+        return pipeline
+
+    @functools.cache
+    def draw(name, base, lora=None):
+        pipeline = pipeline_of(name, base)
+        if lora is None:
+            return _render(pipeline, 64, 2)
+        pipeline.load_lora_weights(lora.parent, weight_name=lora.name)
+        picture = _render(pipeline, 64, 2)
+        pipeline.unload_lora_weights()
+        return picture
 
     return draw
+
+
+@pytest.fixture(scope="module")
+def merged(made):
+    """A base with its LoRA in it."""
+    from gpu_agent.lora.tools import work
+
+    bases, lora, folder = made
+
+    @functools.cache
+    def merge(which, naming):
+        name = "sd1" if which == "folder" else which
+        out = folder / f"merged-{which}-{naming}"
+        said = work.merge(bases[which], lora(name, "lora") / naming, out, name, 1.0)
+        assert said["layers"] > 192
+        return out
+
+    return merge
 
 
 # diffusers' Euler scheduler, which SDXL draws with, speaks an older NumPy's language
@@ -73,21 +101,15 @@ def drawn(made):
     ("which", "naming"),
     [
         ("sd1", "lora.safetensors"),
-        ("sd1", "lora_kohya.safetensors"),
         ("folder", "lora.safetensors"),
         ("sdxl", "lora_kohya.safetensors"),
     ],
 )
-def test_a_base_with_a_lora_in_it_draws_as_with_one_beside_it(made, drawn, which, naming):
-    from gpu_agent.lora.tools import work
-
-    bases, lora, folder = made
+def test_a_base_with_a_lora_in_it_draws_as_with_one_beside_it(made, merged, drawn, which, naming):
+    bases, lora, _ = made
     name = "sd1" if which == "folder" else which
-    out = folder / f"merged-{which}-{naming}"
-    said = work.merge(bases[which], lora(name, "lora") / naming, out, name, 1.0)
-    assert said["layers"] > 192
     beside = drawn(name, bases[which], lora(name, "lora") / naming)
-    assert abs(drawn(name, out) - beside).max() < 0.5
+    assert abs(drawn(name, merged(which, naming)) - beside).max() < 0.5
     assert abs(drawn(name, bases[which]) - beside).mean() > 1
 
 
@@ -100,20 +122,19 @@ def test_half_of_a_dora_is_half_way(made):
 
     bases, lora, folder = made
     file = lora("sd1", "dora") / "lora.safetensors"
-    read = {}
-    for scale in (0.0, 0.5, 1.0):
-        out = folder / f"dora-{scale}.safetensors"
+    outs = {scale: folder / f"dora-{scale}.safetensors" for scale in (0.5, 1.0)}
+    for scale, out in outs.items():
         work.merge(bases["sd1"], file, out, "sd1", scale)
-        weights = Weights(out, family("sd1"))
-        read[scale] = [weights.read(layer) for layer in weights.layers]
-    for none, half, whole in zip(*read.values(), strict=True):
-        assert torch.allclose(half, (none + whole) / 2, atol=1e-6)
-    assert (folder / "dora-0.0.safetensors").stat().st_size == bases["sd1"].stat().st_size
+    none, half, whole = (Weights(one, family("sd1")) for one in (bases["sd1"], *outs.values()))
+    for layer in none.layers:
+        middle = (none.read(layer) + whole.read(layer)) / 2
+        assert torch.allclose(half.read(layer), middle, atol=1e-6)
+    assert outs[0.5].stat().st_size == bases["sd1"].stat().st_size
 
 
-@pytest.mark.parametrize("name", ["sd1", "sdxl"])
-def test_what_was_merged_is_extracted_again(made, name):
+def test_what_was_merged_is_extracted_again(made):
     """To a thousandth of the change: both are rounded to fp32 beside larger weights."""
+    name = "sdxl"
     from gpu_agent.lora.families import family
     from gpu_agent.lora.tools import low_rank, work
     from gpu_agent.lora.tools.weights import Weights
@@ -122,7 +143,7 @@ def test_what_was_merged_is_extracted_again(made, name):
     file, merged = lora(name, "lora") / "lora.safetensors", folder / f"{name}-tuned.safetensors"
     out = folder / f"{name}-extracted.safetensors"
     work.merge(bases[name], file, merged, name, 0.5)
-    said = work.extract(bases[name], merged, out, name, 4)
+    said = work.extract(bases[name], merged, out, name, 4, "kohya")
     assert said["left_out"] == 0
     assert said["kept"] > 0.999999
     layers = Weights(bases[name], family(name)).layers
@@ -134,17 +155,14 @@ def test_what_was_merged_is_extracted_again(made, name):
         assert (update.matrix() - wanted).norm() < 1e-3 * wanted.norm()
 
 
-def test_an_extracted_lora_is_read_by_diffusers_in_both_namings(made, drawn):
+def test_an_extracted_lora_is_read_by_diffusers(made, merged, drawn):
     from gpu_agent.lora.tools import work
 
-    bases, lora, folder = made
-    merged = folder / "tuned.safetensors"
-    work.merge(bases["sd1"], lora("sd1", "lora") / "lora.safetensors", merged, "sd1", 1.0)
-    picture = drawn("sd1", merged)
-    for naming in ("diffusers", "kohya"):
-        out = folder / f"extracted-{naming}.safetensors"
-        work.extract(bases["sd1"], merged, out, "sd1", 4, naming)
-        assert abs(drawn("sd1", bases["sd1"], out) - picture).max() < 0.5
+    bases, _, folder = made
+    tuned = merged("sd1", "lora.safetensors")
+    out = folder / "extracted.safetensors"
+    work.extract(bases["sd1"], tuned, out, "sd1", 4)
+    assert abs(drawn("sd1", bases["sd1"], out) - drawn("sd1", tuned)).max() < 0.5
 
 
 @pytest.mark.parametrize("naming", ["lora.safetensors", "lora_kohya.safetensors"])
