@@ -7,8 +7,8 @@ from pathlib import Path
 from gpu_agent.lora.families import ldm
 from gpu_agent.lora.tiny import latent_diffusion
 
-#: Multiples of 32 (normalisation groups); an attention head has 64.
-UNET_WIDTHS = (32, 64, 64)
+#: Multiples of 64 (attention heads).
+UNET_WIDTHS = (64, 128, 128)
 #: Different ones: that is how diffusers tells the encoders of a file apart.
 TEXT_WIDTHS = {"text_encoder": 64, "text_encoder_2": 128}
 #: Channels of each of the framing's six numbers.
@@ -23,8 +23,8 @@ def write(out: Path, seed: int) -> None:
         ldm.SDXL,
         unet={
             "block_out_channels": UNET_WIDTHS,
-            "attention_head_dim": [1, 1, 1],
-            "transformer_layers_per_block": [1, 1, 2],
+            "attention_head_dim": [width // 64 for width in UNET_WIDTHS],
+            "transformer_layers_per_block": [1, 1, 1],
             "cross_attention_dim": sum(TEXT_WIDTHS.values()),
             "addition_time_embed_dim": _FRAMING,
             "projection_class_embeddings_input_dim": TEXT_WIDTHS["text_encoder_2"] + 6 * _FRAMING,
