@@ -147,9 +147,9 @@ class Fit:
             "gradient_checkpointing": way.checkpointing,
             "base_precision": way.base,
             "block_swap": way.swapped,
-            "estimated": round(self._takes(way), 2),
-            "measured": None if self._measured is None else round(self._measured, 2),
-            "room": None if self._meter is None else round(self._meter.room(), 2),
+            "estimated": round(self._takes(way), 3),
+            "measured": None if self._measured is None else round(self._measured, 3),
+            "room": None if self._meter is None else round(self._meter.room(), 3),
         }
 
     @property
