@@ -65,8 +65,8 @@ _LEVELS = 1000
 class HunyuanImage(Model):
     """A loaded HunyuanImage 2.1.
 
-    Conditions: `text` (n, 1000, width) and `mask` (n, 1000) of Qwen, fewer where its tokenizer says
-    so; `letters` (n, 128, width) and `letters_mask` (n, 128) of ByT5.
+    Conditions: `text` (n, 1000, width) and `mask` (n, 1000) of Qwen, `letters` (n, 128, width) and
+    `letters_mask` (n, 128) of ByT5; fewer where a tokenizer says so.
     """
 
     block_lists = ("transformer_blocks", "single_transformer_blocks")
@@ -79,6 +79,7 @@ class HunyuanImage(Model):
         self.tokenizer = tokenizer
         self.tokenizer_2 = tokenizer_2
         self._length = min(_TOKENS + _BEFORE, tokenizer.model_max_length)
+        self._letter_length = min(_LETTERS, tokenizer_2.model_max_length)
         self.reads = tokenizer, self._length - len(tokenizer(_TEMPLATE.format("")).input_ids)
         around = len(tokenizer(_TEMPLATE.format("")).input_ids)
         self.reads = tokenizer, _TOKENS + _BEFORE - around
@@ -114,19 +115,19 @@ class HunyuanImage(Model):
         }
 
     def _letters(self, text: str) -> tuple[Any, Any]:
-        """Of what is in quotes, (128, width) and (128,); zeros where nothing is."""
+        """Of what is in quotes, as above without n; zeros where nothing is."""
         encoder = self.text_encoders["text_encoder_2"]
         written = extract_glyph_text(text)
         if written is None:
             width = encoder.config.d_model
             return (
-                torch.zeros(_LETTERS, width, device=self.device, dtype=encoder.dtype),
-                torch.zeros(_LETTERS, device=self.device, dtype=torch.int64),
+                torch.zeros(self._letter_length, width, device=self.device, dtype=encoder.dtype),
+                torch.zeros(self._letter_length, device=self.device, dtype=torch.int64),
             )
         letters = self.tokenizer_2(
             written,
             padding="max_length",
-            max_length=_LETTERS,
+            max_length=self._letter_length,
             truncation=True,
             return_tensors="pt",
         ).to(self.device)
@@ -212,7 +213,9 @@ def _components(base: Path, device: Any, dtype: Any) -> dict[str, Any]:
             f"{family('hunyuanimage').repository}, and use the LoRA with either",
         )
     return {
-        name: single_file.placed(base, part, device) if isinstance(part, torch.nn.Module) else part
+        name: single_file.placed(base, part, device, waits=name == "transformer")
+        if isinstance(part, torch.nn.Module)
+        else part
         for name, part in parts.items()
     }
 
@@ -223,7 +226,7 @@ def _read(base: Path, device: Any, dtype: Any) -> dict[str, Any]:
     # Qwen's and T5's numbers are too large for fp16
     text_dtype = torch.float32 if dtype == torch.float16 else dtype
     return {
-        "transformer": _transformer(denoiser, device, dtype)
+        "transformer": _transformer(denoiser, dtype)
         if denoiser
         else source.get(
             HunyuanImageTransformer2DModel.from_pretrained, "transformer", torch_dtype=dtype
@@ -355,13 +358,13 @@ def originals(
     return single_file.originals(transformer.state_dict(), placing, width)
 
 
-def _transformer(part: Part, device: Any, dtype: Any) -> Any:
+def _transformer(part: Part, dtype: Any) -> Any:
     config = transformer_config(part)
     width = config["num_attention_heads"] * config["attention_head_dim"]
     return single_file.filled(
         lambda: HunyuanImageTransformer2DModel.from_config(config),
         single_file.read_placed(part, _placing_of(part), width),
-        device,
+        torch.device("cpu"),
         dtype,
     )
 

@@ -12,8 +12,8 @@ LETTER_WIDTH = 32
 #: Of each halving but the first (normalisation groups of 32); the last is twice the latents'.
 VAE_WIDTHS = (32, 32, 32, 32, 32, 32)
 LATENT_CHANNELS = 16
-#: Of the text with its template; those of the pipeline would take most of the time.
-TOKENS = 256
+#: Of the text with its template, and of letters; the real ones would take most of the time.
+TOKENS, LETTERS = 192, 32
 
 
 def write(out: Path, seed: int) -> None:
@@ -54,7 +54,7 @@ def _pipeline(seed: int) -> Any:
         T5EncoderModel,
     )
 
-    tokenizer, tokenizer_2 = _tokenizer(), ByT5Tokenizer()
+    tokenizer, tokenizer_2 = _tokenizer(), ByT5Tokenizer(model_max_length=LETTERS)
     heads = {"num_attention_heads": 1, "num_key_value_heads": 1}
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
