@@ -251,7 +251,7 @@ def _misfits(said: Mapping[str, Any], family: str) -> dict[str, str]:
 
 
 def _misfit_rates(said: Mapping[str, Any], family: str) -> dict[str, str]:
-    """Of optimizers, and of rates for what is not there."""
+    """Of optimizers and adapters, and of rates for what is not there."""
     faults = {}
     low_rank = said.get("adapter", "lora") in _LOW_RANK
     if said.get("text_encoder_rate", 0.0) > 0:
@@ -269,6 +269,8 @@ def _misfit_rates(said: Mapping[str, Any], family: str) -> dict[str, str]:
             faults["lora_plus"] = "does not go with prodigy, which has one rate for all"
         if text_rate not in (0, said.get("learning_rate", 1.0)):
             faults["text_encoder_rate"] = "must be learning_rate with prodigy, which has one rate"
+    if said.get("adapter") == "dora" and said.get("base_precision") in {"int8", "nf4"}:
+        faults["base_precision"] = "must be same with dora, which measures the base's weights"
     if said.get("optimizer") == "schedule_free":
         if said.get("scheduler", "constant") != "constant":
             faults["scheduler"] = "must be constant with schedule_free"

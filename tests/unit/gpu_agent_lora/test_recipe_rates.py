@@ -17,6 +17,7 @@ from gpu_agent.recipe import Recipe, RecipeError
         ("ema_decay", "sd1", {"optimizer": "schedule_free", "ema_decay": 0.9}),
         ("adapter", "flux", {"adapter": "embedding", "trigger": "sks"}),
         ("adapter", "sd1", {"adapter": "embedding"}),
+        ("base_precision", "flux", {"adapter": "dora", "base_precision": "nf4"}),
     ],
 )
 def test_what_does_not_go_together_is_named(key, family, recipe):
