@@ -8,7 +8,7 @@ from gpu_agent.lora.families import ldm
 from gpu_agent.lora.tiny import latent_diffusion
 
 #: Multiples of 64 (attention heads).
-UNET_WIDTHS = (64, 128, 128)
+UNET_WIDTHS = (64, 128)
 #: Different ones: that is how diffusers tells the encoders of a file apart.
 TEXT_WIDTHS = {"text_encoder": 64, "text_encoder_2": 128}
 #: Channels of each of the framing's six numbers.
@@ -24,7 +24,9 @@ def write(out: Path, seed: int) -> None:
         unet={
             "block_out_channels": UNET_WIDTHS,
             "attention_head_dim": [width // 64 for width in UNET_WIDTHS],
-            "transformer_layers_per_block": [1, 1, 1],
+            "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+            "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+            "transformer_layers_per_block": [1, 1],
             "cross_attention_dim": sum(TEXT_WIDTHS.values()),
             "addition_time_embed_dim": _FRAMING,
             "projection_class_embeddings_input_dim": TEXT_WIDTHS["text_encoder_2"] + 6 * _FRAMING,
