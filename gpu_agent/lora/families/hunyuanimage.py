@@ -80,9 +80,8 @@ class HunyuanImage(Model):
         self.tokenizer_2 = tokenizer_2
         self._length = min(_TOKENS + _BEFORE, tokenizer.model_max_length)
         self._letter_length = min(_LETTERS, tokenizer_2.model_max_length)
-        self.reads = tokenizer, self._length - len(tokenizer(_TEMPLATE.format("")).input_ids)
         around = len(tokenizer(_TEMPLATE.format("")).input_ids)
-        self.reads = tokenizer, _TOKENS + _BEFORE - around
+        self.reads = tokenizer, self._length - around
         self.sample_shift = sample_shift
 
     def targets(self, preset: str) -> str:
