@@ -166,7 +166,7 @@ def load(base: Path, work: Path, recipe: Recipe, device: Any, dtype: Any) -> Ani
     """
     parts = _components(base, dtype)
     names = ("transformer", "vae", "text_encoder", "text_conditioner")
-    ready = {name: placed(base, parts[name], device) for name in names}
+    ready = {name: placed(base, parts[name], device, waits=name == "transformer") for name in names}
     model = Anima(
         denoiser=ready["transformer"],
         vae=ready["vae"],

@@ -124,7 +124,9 @@ def _components(base: Path, device: Any, dtype: Any) -> dict[str, Any]:
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise ModelError("model.unreadable", f"{base.name} cannot be loaded: {error}") from error
     return {
-        name: single_file.placed(base, part, device) if isinstance(part, torch.nn.Module) else part
+        name: single_file.placed(base, part, device, waits=name == "transformer")
+        if isinstance(part, torch.nn.Module)
+        else part
         for name, part in parts.items()
     }
 
@@ -135,7 +137,7 @@ def _read(base: Path, device: Any, dtype: Any) -> dict[str, Any]:
     # Gemma's numbers are too large for fp16
     text_dtype = torch.float32 if dtype == torch.float16 else dtype
     return {
-        "transformer": _transformer(denoiser, device, dtype)
+        "transformer": _transformer(denoiser, dtype)
         if denoiser
         else source.get(
             Lumina2Transformer2DModel.from_pretrained, "transformer", torch_dtype=dtype
@@ -209,13 +211,13 @@ def originals(transformer: Any) -> Iterator[tuple[str, Any]]:
     return single_file.originals(transformer.state_dict(), placing(groups // heads), 0)
 
 
-def _transformer(part: Part, device: Any, dtype: Any) -> Any:
+def _transformer(part: Part, dtype: Any) -> Any:
     config = transformer_config(part)
     groups = config["num_attention_heads"] // config["num_kv_heads"]
     return single_file.filled(
         lambda: Lumina2Transformer2DModel.from_config(config),
         single_file.read_placed(part, placing(groups), config["hidden_size"] // groups),
-        device,
+        torch.device("cpu"),
         dtype,
     )
 

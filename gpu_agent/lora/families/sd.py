@@ -127,7 +127,7 @@ class Parts:
             settle(part)
         beside = self.base if self.base.is_dir() else self.base.parent
         model = kind(
-            denoiser=self.unet.to(device),
+            denoiser=self.unet,  # waits on the host, see `fit`
             vae=self.vae.to(device),
             text_encoders={name: part.to(device) for name, part in self.encoders.items()},
             tokenizers={
