@@ -13,8 +13,8 @@ FAMILIES = {
     "sd2": 0.25,
     # of the noise it hears half: its attentions begin at half the latents' resolution
     "sdxl": 0.05,
-    "sd3": 0.15,
-    "flux": 0.15,
+    "sd3": 0.2,
+    "flux": 0.2,
     "lumina2": 0.25,
     "hunyuanimage": 0.25,
     "anima": 0.2,
