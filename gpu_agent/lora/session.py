@@ -154,6 +154,7 @@ def _train(
         refused = _resume(loop, checkpoints, job.resume_dir)
         if loop.step == 0:
             checkpoints.clear()
+            painter.clear()
     if accelerator.num_processes > 1:
         begun = share(accelerator, loop.progress())
         if not accelerator.is_main_process:
@@ -207,7 +208,8 @@ def _finish(
     )
     files += curve.write(folder, loop.history(), loop.validations)
     adapter.fill(tensors)
-    painter.paint(progress.step)
+    painter.paint(best)
+    painter.put_together(best)
     events.emit(
         "completed",
         files=[

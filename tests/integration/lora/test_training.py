@@ -75,8 +75,26 @@ def test_sample_images_come_with_the_result(trained):
     heard, files = trained
     sample = heard.one("sample")
     assert sample["prompt"] == "a photo of sks"
-    with Image.open(files["samples/step-000018-0-0.png"]) as image:
+    assert sample["step"] == heard.one("completed")["best_step"]
+    assert sample["path"] == files[f"samples/step-{sample['step']:06d}-0-0.png"]
+    with Image.open(sample["path"]) as image:
         assert image.size == (64, 64)
+
+
+def test_samples_of_all_steps_come_on_one_sheet(workshop):
+    recipe = {"steps": 3, "sample_every": 2, "sample_seeds": 2, "sample_prompts": ["a", "b"]}
+    heard, _ = workshop.train(workshop.job(**recipe))
+    told = [(event["step"], event["prompt"], event["seed"]) for event in heard.all("sample")]
+    four = [("a", 0), ("a", 1), ("b", 0), ("b", 1)]
+    assert told == [(step, *place) for step in (2, 3) for place in four]
+    files = {file["name"]: file["path"] for file in heard.one("completed")["files"]}
+    assert len([name for name in files if name.startswith("samples/step-")]) == 8
+    last = heard.all("sample")[-1]["path"]
+    with Image.open(files["samples/grid.png"]) as sheet, Image.open(last) as painted:
+        # the last row and column are what was painted last
+        right, bottom = sheet.width - 8, sheet.height - 8
+        corner = sheet.crop((right - 256, bottom - 256, right, bottom))
+        assert corner.tobytes() == painted.resize((256, 256)).tobytes()
 
 
 def test_only_the_best_and_the_last_two_checkpoints_stay(trained):
@@ -193,6 +211,35 @@ def test_with_enough_images_some_are_held_out(workshop, photos):
     heard, _ = workshop.train(workshop.job(photos=many, steps=1, validation_share=0.25))
     assert heard.one("started")["label"] == heard.one("completed")["label"] == "held-out"
     assert heard.one("started")["images"] == 9
+
+
+def test_patience_ends_a_training_that_learns_nothing_more(workshop):
+    """By validations alone, so that one that is gone on with ends where it would have ended."""
+    recipe = {"steps": 40, "learning_rate": 1e-9, "validation_every": 2, "patience": 2}
+    recipe |= {"weight_decay": 0.0, "seed": 3}
+    whole, done = workshop.train(workshop.job("whole", **recipe))
+    assert done
+    completed = whole.one("completed")
+    losses = [event["loss"] for event in whole.all("validation")]
+    assert completed["ended"] == "patience"
+    assert completed["steps"] == whole.all("validation")[-1]["step"] < 40
+    assert min(losses[-2:]) >= min(losses[:-2])
+    saved = whole.all("checkpoint")[-1]["path"]
+    again, done = workshop.train(workshop.job("again", resume_dir=saved, **recipe))
+    assert done
+    assert again.all("progress") == []
+    assert result(again) == result(whole)
+
+
+def test_levels_are_weighed_by_what_the_base_lost_there(trained):
+    heard, _ = trained
+    first, *_, last = heard.all("validation")
+    base = [loss for _, loss, _ in first["levels"]]
+    assert len(base) == 4
+    assert first["loss"] == pytest.approx(sum(base) / 4)
+    shares = [loss / start for (_, loss, _), start in zip(last["levels"], base, strict=True)]
+    assert last["loss"] == pytest.approx(first["loss"] * sum(shares) / 4)
+    assert all(0 < event["stderr"] < event["loss"] / 4 for event in heard.all("validation"))
 
 
 # --- stopping and going on ------------------------------------------------------------------
