@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 
-from gpu_agent.recipe import Recipe
+from gpu_agent.recipe import ROUNDED, Recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,8 +232,8 @@ def ways(recipe: Recipe, geometry: Geometry, *, resorts: bool = True) -> list[Wa
     checkpointing = {"auto": (False, True), "on": (True,), "off": (False,)}
     bases: tuple[str, ...] = (recipe.base_precision,)
     if recipe.base_precision == "auto":
-        # DoRA divides by the norms of the weights themselves
-        bases = ("same",) if recipe.adapter == "dora" else ("same", "int8", "nf4")[: 2 + resorts]
+        able = ROUNDED.get(recipe.adapter, ("same", "int8", "nf4"))
+        bases = able if resorts else able[:2]
     swaps = [min(recipe.block_swap, geometry.blocks - SLOTS)]
     if recipe.block_swap < 0:
         shares = _SHARES if resorts and recipe.adapter != "dora" else ()

@@ -213,6 +213,9 @@ _DIFFUSION_ONLY = {
 ADAPTABLE_TEXTS = frozenset({"sd1", "sd2", "sdxl", "sd3", "flux", "anima"})
 #: Adapters with an A and a B.
 _LOW_RANK = frozenset({"lora", "dora"})
+#: What `base_precision` may be, of adapters that look at the weights themselves: DoRA divides by
+#: their norms, LoKr takes their shape, which 4 bits in a byte have not.
+ROUNDED = {"dora": ("same",), "lokr": ("same", "int8")}
 _OWN_RATE = frozenset({"prodigy"})
 
 
@@ -242,6 +245,11 @@ def _misfits(said: Mapping[str, Any], family: str) -> dict[str, str]:
             faults["adapter"] = f"embedding is for {', '.join(sorted(DIFFUSION))}, not {family}"
         elif not said.get("trigger", "").strip():
             faults["adapter"] = "embedding needs a trigger: the word that it teaches"
+    adapter, base = said.get("adapter", "lora"), said.get("base_precision", "auto")
+    if base not in {"auto", *ROUNDED.get(adapter, (base,))}:
+        faults["base_precision"] = f"must be {' or '.join(ROUNDED[adapter])} for {adapter}"
+    if adapter == "dora" and said.get("block_swap", 0) > 0:
+        faults["block_swap"] = "is not for dora"
     faults |= _misfit_rates(said, family)
     if said.get("min_snr_gamma") is not None and said.get("debiased"):
         faults["debiased"] = "and min_snr_gamma weigh the same thing; take one of them"

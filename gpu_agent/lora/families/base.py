@@ -2,7 +2,8 @@
 
 A family is one module with `load(base, work, recipe, device, dtype) -> Model`, and a row in
 `families`. Its model says how texts are encoded, how the denoiser is called, which layers a preset
-means, and what its LoRA's names are elsewhere. What most families share is here.
+means, and what its LoRA's names are elsewhere. What most families share is here. The denoiser is
+loaded to the host; `gpu_agent.lora.fit` brings it to the device when texts and images are encoded.
 
 Tensors are torch's. Latents are (n, c, h, w), or (n, c, 1, h, w) where the family counts frames;
 *conditions* are what the denoiser is told besides them: tensors by name, batch first.

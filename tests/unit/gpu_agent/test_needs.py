@@ -4,7 +4,7 @@ import pytest
 
 from gpu_agent import needs
 from gpu_agent.needs import Way
-from gpu_agent.recipe import FAMILIES, Recipe
+from gpu_agent.recipe import FAMILIES, Recipe, RecipeError
 
 #: Peak GiB on an H100 that SimpleTuner publishes for its own trainer (its document of segmented
 #: checkpointing): family, recipe, without and with gradient checkpointing.
@@ -50,6 +50,7 @@ def test_what_a_recipe_orders_is_what_its_ways_are():
     assert {way.swapped for way in ways(block_swap=20)} == {20}
     assert {way.images for way in ways(batch_size=6)} == {6, 3, 2, 1}
     assert {way.base for way in ways(adapter="dora")} == {"same"}
+    assert {way.base for way in ways(adapter="lokr")} == {"same", "int8"}
     assert ways()[0] == Way(), "first comes what is fastest"
 
 
@@ -65,3 +66,17 @@ def test_a_larger_network_of_a_family_needs_more():
     large = medium.resized(8.06, 0.995, 38)
     recipe = Recipe.from_dict({}, "sd3")
     assert needs.training(recipe, large, Way()) > 2 * needs.training(recipe, medium, Way())
+
+
+@pytest.mark.parametrize(
+    ("said", "key"),
+    [
+        ({"adapter": "dora", "base_precision": "int8"}, "base_precision"),
+        ({"adapter": "dora", "block_swap": 4}, "block_swap"),
+        ({"adapter": "lokr", "base_precision": "nf4"}, "base_precision"),
+    ],
+)
+def test_an_adapter_that_looks_at_the_weights_keeps_them(said, key):
+    with pytest.raises(RecipeError) as raised:
+        Recipe.from_dict(said, "flux")
+    assert raised.value.faults.keys() == {key}
