@@ -5,6 +5,7 @@ All of them keep their state in `state_dict`, without code in it, and go on from
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -106,19 +107,16 @@ class AdamW8bit(torch.optim.Optimizer):
         )
         state = self.state[params[0]]
         if not state:
-            blocks, none = gradient.numel() // self.BLOCK, gradient.new_zeros(1)
             state["step"] = 0
-            for name, codes in self._codes(gradient.device).items():
-                zero = int(torch.searchsorted(codes.cpu(), none.cpu()))
-                state[name] = torch.full_like(gradient, zero, dtype=torch.uint8)
-                state[f"{name}_scale"] = gradient.new_zeros(blocks)
+            for name in _SIGNED:
+                self._round(state, name, torch.zeros_like(gradient))
         state["step"] += 1
         mean = self._load(state, "mean").lerp_(gradient, 1 - _BETAS[0])
         root = self._load(state, "root")
         square = root.square_().lerp_(gradient.square(), 1 - _BETAS[1])
         root = square.sqrt_()
-        for name, values in (("mean", mean), ("root", root)):
-            state[name], state[f"{name}_scale"] = self._rounded(name, values)
+        self._round(state, "mean", mean)
+        self._round(state, "root", root)
         count = state["step"]
         spread = root.div_(math.sqrt(1 - _BETAS[1] ** count)).add_(_EPSILON)
         update = mean.div_(spread).mul_(-rate / (1 - _BETAS[0] ** count))
@@ -141,28 +139,40 @@ class AdamW8bit(torch.optim.Optimizer):
 
     def _load(self, state: dict[str, Any], name: str) -> Any:
         # `load_state_dict` makes floats of them
-        values = self._codes(state[name].device)[name][state[name].long()]
-        return (values.view(-1, self.BLOCK) * state[f"{name}_scale"][:, None]).flatten()
+        codes = state[name].int()
+        values, _ = _codes(_SIGNED[name], codes.device)
+        shares = values.index_select(0, codes).view(-1, self.BLOCK)
+        return (shares * state[f"{name}_scale"][:, None]).flatten()
 
-    def _rounded(self, name: str, values: Any) -> tuple[Any, Any]:
+    def _round(self, state: dict[str, Any], name: str, values: Any) -> None:
         blocks = values.view(-1, self.BLOCK)
         scale = blocks.abs().amax(dim=1)
-        codes = self._codes(values.device)[name]
-        middles = (codes[1:] + codes[:-1]) / 2
         shares = blocks / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
-        return torch.bucketize(shares, middles).to(torch.uint8).flatten(), scale
-
-    def _codes(self, device: Any) -> dict[str, Any]:
-        if device not in _CODES:
-            _CODES[device] = {
-                "mean": _dynamic(signed=True).to(device),
-                "root": _dynamic(signed=False).to(device),
-            }
-        return _CODES[device]
+        _, nearest = _codes(_SIGNED[name], values.device)
+        state[name] = nearest.index_select(0, _half_bits(shares.flatten().half()))
+        state[f"{name}_scale"] = scale
 
 
-#: The values of the 256 codes, by device and moment.
-_CODES: dict[Any, dict[str, Any]] = {}
+#: Whether a moment has two signs.
+_SIGNED = {"mean": True, "root": False}
+
+
+@functools.cache
+def _codes(signed: bool, device: Any) -> tuple[Any, Any]:
+    """The 256 values, and the code that is nearest to each number of half precision.
+
+    Looking a code up by the bits of a half is much faster on a CPU than searching for it, and
+    halves are finer than the codes are.
+    """
+    values = _dynamic(signed=signed)
+    halves = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    nearest = torch.bucketize(halves.float(), (values[1:] + values[:-1]) / 2).to(torch.uint8)
+    return values.to(device), nearest.to(device)
+
+
+def _half_bits(halves: Any) -> Any:
+    """Places in `_codes`' table, from 0 to 65,535."""
+    return halves.view(torch.int16).int() + 2**15
 
 
 def _dynamic(*, signed: bool) -> Any:
