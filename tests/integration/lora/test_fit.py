@@ -154,6 +154,18 @@ def test_a_training_that_fits_nowhere_says_what_would_do(usual, train_on):
     assert (raised.value.code, raised.value.retryable) == ("trainer.oom", True)
 
 
+def test_what_a_recipe_orders_is_done_without_a_card_too(workshop):
+    ordered = {"base_precision": "int8", "block_swap": 6, "gradient_checkpointing": "on"}
+    said = {"steps": 2, "validation_every": 2, "batch_size": 1, "compile": "off", **ordered}
+    heard, done = workshop.train(workshop.job(**said))
+    fit = heard.one("started")["fit"]
+    assert {key: fit[key] for key in ordered} == {**ordered, "gradient_checkpointing": True}
+    assert done
+    assert heard.one("completed")["loss_best"] == pytest.approx(
+        heard.one("completed")["loss_first"], rel=0.05
+    )
+
+
 # --- weights that take less -----------------------------------------------------------------------
 
 
