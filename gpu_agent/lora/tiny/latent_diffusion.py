@@ -121,8 +121,8 @@ def _write_folder(out: Path, layout: ldm.Layout, parts: Mapping[str, Any], predi
             tensor_file.write(folder / "model.safetensors", tensors, {"format": "pt"})
         else:
             part.save_config(folder)
-            file = folder / "diffusion_pytorch_model.safetensors"
-            tensor_file.write(file, tensors, {"format": "pt"})
+            weights = folder / "diffusion_pytorch_model.safetensors"
+            tensor_file.write(weights, tensors, {"format": "pt"})
     scheduler = layout.template("scheduler/scheduler_config.json")
     for file, said in (
         ("scheduler/scheduler_config.json", {**scheduler, "prediction_type": prediction}),
