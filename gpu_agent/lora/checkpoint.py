@@ -18,6 +18,7 @@ nothing, and what goes on from here is what would have gone on.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import logging
 import os
@@ -31,7 +32,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from gpu_agent.lora import choose
 from gpu_agent.lora.choose import Validation
@@ -116,9 +117,25 @@ class Checkpoints:
         """
         target = self._folder / _name(progress.step)
         part = target.with_name(target.name + ".part")
+        try:
+            self._write(progress, part)
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
+        if target.exists():
+            shutil.rmtree(target)
+        part.replace(target)
+        _sync([self._folder])
+        self._rotate(progress)
+        return target
+
+    def _write(self, progress: Progress, part: Path) -> None:
         part.mkdir()
-        save_file(dict(progress.lora), part / LORA)
-        torch.save(dict(progress.state), part / _STATE)
+        # by way of memory: what the libraries raise of a full disk cannot be told from other faults
+        (part / LORA).write_bytes(save(dict(progress.lora)))
+        state = io.BytesIO()
+        torch.save(dict(progress.state), state)
+        (part / _STATE).write_bytes(state.getbuffer())
         for step in choose.candidates(progress.validations) - {progress.step}:
             shutil.copyfile(self._file_of(step), part / _carried(step))
         about = {
@@ -130,12 +147,6 @@ class Checkpoints:
         }
         (part / _ABOUT).write_text(json.dumps(about), encoding="utf-8")
         _sync([*part.iterdir(), part])
-        if target.exists():
-            shutil.rmtree(target)
-        part.replace(target)
-        _sync([self._folder])
-        self._rotate(progress)
-        return target
 
     def best_lora(self, progress: Progress) -> dict[str, Any]:
         """The tensors of the best step; the present ones where nothing was validated yet."""

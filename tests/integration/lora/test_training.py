@@ -2,7 +2,10 @@
 
 import csv
 import json
+import re
 import shutil
+import subprocess
+import threading
 from pathlib import Path
 
 import pytest
@@ -412,9 +415,48 @@ def test_a_diffusers_folder_trains_like_the_single_file(workshop, base):
 
 
 def test_a_learning_rate_that_explodes_is_told_as_such(workshop):
+    import torch
+    from safetensors.torch import load_file
+
     recipe = {"steps": 40, "learning_rate": 10.0, "alpha": 1024.0, "validation_every": 40}
     with pytest.raises(TrainingError, match="lower learning rate") as caught:
-        workshop.train(workshop.job(targets="full", **recipe))
+        workshop.train(workshop.job(targets="full", checkpoint_s=1e-6, **recipe))
     assert caught.value.code == "training.diverged"
     assert not caught.value.retryable
     assert not (workshop.folder / "job" / "out" / "lora.safetensors").exists()
+    (step,) = re.findall(r"in step (\d+)", str(caught.value))
+    for thread in threading.enumerate():
+        if thread.name == "saver":
+            thread.join()
+    kept = sorted((workshop.folder / "job" / "work" / "checkpoints").iterdir())
+    assert [path.name for path in kept][-1] == f"step-{int(step) - 1:08d}"
+    for path in kept:
+        tensors = load_file(path / "lora.safetensors").values()
+        assert all(torch.isfinite(tensor).all() for tensor in tensors)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder on a disk of its own, with room for one checkpoint."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1200k", "none", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("only root may mount a small disk here")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_disk_that_fills_up_is_told_and_leaves_the_checkpoint_before(workshop, small_disk):
+    from gpu_agent.lora.__main__ import _translate
+
+    job = {**workshop.job(steps=9, checkpoint_s=1e-6), "work_dir": str(small_disk)}
+    with pytest.raises(OSError, match="No space left") as caught:
+        workshop.train(job)
+    assert _translate(caught.value).code == "host.disk_full"
+    (left,) = (small_disk / "checkpoints").iterdir()
+    assert sorted(path.name for path in left.iterdir()) == [
+        "about.json",
+        "lora.safetensors",
+        "state.pt",
+    ]
