@@ -287,16 +287,21 @@ def of_a_card(allocated: float) -> float:
 def rungs(recipe: Recipe, family: str) -> tuple[tuple[float, float], ...]:
     """What memory buys: (GB as offers count them, slowness), from the least to the fastest.
 
-    Less than the first is not worth renting: the training would not run, or run only by way of
-    what the recipe did not order (see `ways`).
+    On less than the first the training would not run, or run only by way of what the recipe did
+    not order (see `ways`).
     """
     geometry = GEOMETRIES[family]
     found: list[tuple[float, float]] = []
     for way in ways(recipe, geometry, resorts=False):
-        wants = _as_offered(of_a_card(peak(recipe, geometry, way)))
-        if not found or wants < found[-1][0]:
-            found.append((wants, way.slowness))
+        room = _as_offered(of_a_card(peak(recipe, geometry, way)))
+        if not found or room < found[-1][0]:
+            found.append((room, way.slowness))
     return tuple(reversed(found))
+
+
+def least(recipe: Recipe, family: str) -> float:
+    """GB, as offers count them, without which a GPU is not worth renting."""
+    return rungs(recipe, family)[0][0]
 
 
 def disk(family: str) -> float:

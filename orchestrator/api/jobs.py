@@ -102,10 +102,9 @@ def check(body: schemas.JobIn, *, private_bases: bool, private_webhooks: bool) -
 
 def _enough(gpu: GpuNeeds, recipe: Recipe, family: str) -> GpuNeeds:
     """The needs, with no less memory and disk than the training takes."""
-    (least, _), *_ = needs.rungs(recipe, family)
     return replace(
         gpu,
-        min_vram_gb=max(gpu.min_vram_gb, least),
+        min_vram_gb=max(gpu.min_vram_gb, needs.least(recipe, family)),
         disk_gb=max(gpu.disk_gb, needs.disk(family)),
     )
 

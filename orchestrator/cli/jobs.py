@@ -14,6 +14,7 @@ from urllib.parse import quote
 import typer
 from rich.progress import track
 
+from gpu_agent import needs
 from gpu_agent.recipe import FAMILIES, QUALITIES, Recipe
 from orchestrator.cli.client import Client, job_path
 from orchestrator.cli.console import (
@@ -188,7 +189,7 @@ def _show_plan(files: Sequence[Path], body: Mapping[str, Any]) -> None:
             ("  photographs", f"{what}, {_mb(size)}"),
             ("  base", f"{body['base']} ({body['base_family']})"),
             ("  recipe", _recipe_words(body["recipe"], body["base_family"])),
-            ("  GPU", _gpu_words(body["gpu"])),
+            ("  GPU", _gpu_words(body)),
             ("  at most", f"${body['max_cost'] / 1e6:.2f}, all attempts together"),
             *([("  webhook", body["webhook"]["url"])] if "webhook" in body else []),
         ],
@@ -202,9 +203,11 @@ def _recipe_words(recipe: Mapping[str, Any], family: str) -> str:
     return ", ".join(f"{key} {recipe[key]}" for key in shown)
 
 
-def _gpu_words(gpu: Mapping[str, Any]) -> str:
+def _gpu_words(body: Mapping[str, Any]) -> str:
+    gpu, family = body["gpu"], body["base_family"]
     named = " or ".join(gpu["gpu_names"]) or "what makes the whole job cheapest"
-    return f"{named}, with at least {gpu['min_vram_gb']:g} GB"
+    least = needs.least(Recipe.from_dict(body["recipe"], family), family)
+    return f"{named}, with at least {max(gpu['min_vram_gb'], least):g} GB"
 
 
 def _mb(size: int) -> str:
