@@ -117,8 +117,10 @@ def by_layer(lora: Lora, layers: Iterable[str], family: Family, file: Path) -> d
     theirs = _kohya_names(layers, family) if lora.kohya else {layer: layer for layer in layers}
     lost = [layer for layer in lora.updates if layer not in theirs]
     if lost:
+        advice = "; take the LoRA's file in diffusers' naming" if lora.kohya else ""
         raise _unfit(
-            file, f"{len(lost)} of its {len(lora.updates)} layers are not in the base: {lost[0]}, …"
+            file,
+            f"{len(lost)} of its {len(lora.updates)} layers are not in the base: {lost[0]}{advice}",
         )
     return {theirs[layer]: update for layer, update in lora.updates.items()}
 
@@ -138,8 +140,8 @@ def _kohya_names(layers: Iterable[str], family: Family) -> dict[str, str]:
         }
         try:
             said = rename(one, 1.0)
-        except (KeyError, ValueError, IndexError):
-            continue  # a layer that kohya's files never have
+        except (KeyError, ValueError, IndexError, RuntimeError):
+            continue  # a layer that kohya's files never have, or not alone
         for name in said:
             theirs = name.rsplit(".", 2)[0] if name.endswith("weight") else name.rsplit(".", 1)[0]
             if names.setdefault(theirs, layer) != layer:
