@@ -21,13 +21,14 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from gpu_agent.lora.errors import ModelError
 from gpu_agent.lora.families import ldm, naming
-from gpu_agent.lora.families.base import ATTENTION, Conditions, Model, check_whole, settle
+from gpu_agent.lora.families.base import ATTENTION, Conditions, Model
 from gpu_agent.lora.families.clip_words import (
     HUGGING_FACE_PAD,
     OPEN_CLIP_PAD,
     clip_reads,
     tokenizer_for,
 )
+from gpu_agent.lora.families.single_file import placed
 from gpu_agent.lora.objective import Diffusion
 from gpu_agent.recipe import Recipe
 
@@ -122,14 +123,13 @@ class Parts:
     scheduler: Mapping[str, Any]
 
     def model(self, kind: type[UNetModel], recipe: Recipe, device: Any) -> Any:
-        for part in (self.unet, self.vae, *self.encoders.values()):
-            check_whole(self.base, part)
-            settle(part)
         beside = self.base if self.base.is_dir() else self.base.parent
         model = kind(
-            denoiser=self.unet,  # waits on the host, see `fit`
-            vae=self.vae.to(device),
-            text_encoders={name: part.to(device) for name, part in self.encoders.items()},
+            denoiser=placed(self.base, self.unet, device),
+            vae=placed(self.base, self.vae, device),
+            text_encoders={
+                name: placed(self.base, part, device) for name, part in self.encoders.items()
+            },
             tokenizers={
                 name: _tokenizer(name, part.config.to_dict(), beside)
                 for name, part in self.encoders.items()
@@ -158,7 +158,9 @@ def read(base: Path, work: Path, dtype: Any) -> Parts:
 def diffusers_pipeline(kind: Any, base: Path, work: Path, **more: Any) -> Any:
     """The base as a pipeline of this class."""
     if base.is_dir():
-        return kind.from_pretrained(base, local_files_only=True, **more)
+        return kind.from_pretrained(
+            base, local_files_only=True, variant=_variant(base / "unet"), **more
+        )
     header = ldm.read_header(base)
     configs = ldm.configs(header)
     tokenizers = {
@@ -224,6 +226,12 @@ def _file_encoders(folder: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def _variant(component: Path) -> str | None:
+    """`fp16` where nothing but the files of half precision was fetched, as SDXL's often are."""
+    weights = [file.name for file in component.glob("*.safetensors")]
+    return "fp16" if weights and all(".fp16." in name for name in weights) else None
+
+
 def _from_folder(base: Path, dtype: Any) -> Parts:
     whole = {"local_files_only": True, "torch_dtype": torch.float32}
     encoders = {}
@@ -231,16 +239,22 @@ def _from_folder(base: Path, dtype: Any) -> Parts:
         if not (base / name).is_dir():
             continue
         encoders[name], told = kind.from_pretrained(
-            base, subfolder=name, output_loading_info=True, **whole
+            base, subfolder=name, variant=_variant(base / name), output_loading_info=True, **whole
         )
         if told["missing_keys"]:
             raise ValueError(f"the {name} lacks {sorted(told['missing_keys'])[:3]}")
     return Parts(
         base=base,
         unet=UNet2DConditionModel.from_pretrained(
-            base, subfolder="unet", local_files_only=True, torch_dtype=dtype
+            base,
+            subfolder="unet",
+            variant=_variant(base / "unet"),
+            local_files_only=True,
+            torch_dtype=dtype,
         ),
-        vae=AutoencoderKL.from_pretrained(base, subfolder="vae", **whole),
+        vae=AutoencoderKL.from_pretrained(
+            base, subfolder="vae", variant=_variant(base / "vae"), **whole
+        ),
         encoders=encoders,
         scheduler=dict(DDIMScheduler.from_pretrained(base, subfolder="scheduler").config),
     )

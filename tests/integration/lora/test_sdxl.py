@@ -1,6 +1,7 @@
 """What is SDXL's and SD 2.x's alone: their files, text encoders, framing, velocity."""
 
 import json
+import shutil
 from functools import cache
 
 import pytest
@@ -57,6 +58,19 @@ def test_a_single_file_holds_bit_for_bit_what_the_folder_holds(loaded, name):
         assert ours.keys() == theirs.keys()
         for key, tensor in ours.items():
             assert torch.equal(tensor, theirs[key]), key
+
+
+def test_a_folder_of_half_precision_files_alone_is_read(tiny, loaded, tmp_path):
+    base = shutil.copytree(tiny("sdxl", "folder"), tmp_path / "copy")
+    for file in base.rglob("*.safetensors"):
+        half = {name: tensor.half() for name, tensor in load_file(file).items()}
+        save_file(half, file.with_suffix(".fp16.safetensors"), {"format": "pt"})
+        file.unlink()
+    assert family("sdxl").check(base)
+    assert family("sdxl").pipeline(base, tmp_path)
+    model, whole = load(base, "sdxl"), loaded("sdxl").denoiser.state_dict()
+    for name, tensor in model.denoiser.state_dict().items():
+        assert torch.equal(tensor, whole[name].half().float()), name
 
 
 @torch.no_grad()
