@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from peft import LoKrConfig, LoraConfig, OFTConfig
 
+from gpu_agent.lora.errors import ModelError
 from gpu_agent.lora.families.base import Conditions, Model
 from gpu_agent.recipe import Recipe
 
@@ -89,7 +90,12 @@ class Adapter(Trainable):
             warnings.filterwarnings("ignore", "Invalid `oft_block_size`")
             torch.manual_seed(recipe.seed)
             for name, (module, config) in parts.items():
-                module.add_adapter(config, adapter_name=_NAME)
+                try:
+                    module.add_adapter(config, adapter_name=_NAME)
+                except ValueError as error:  # peft found no layer of these names
+                    raise ModelError(
+                        "model.targets", f"{name} cannot be adapted: {error}"
+                    ) from None
                 self._named |= _trained(module, name)
         self.configs = {
             name: module.peft_config[_NAME].to_dict() for name, (module, _) in parts.items()

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -378,6 +379,27 @@ def test_a_base_model_with_broken_weights_is_refused(workshop, base, fault):
     with pytest.raises(ModelError, match=r"broken\.safetensors") as caught:
         workshop.train(workshop.job(base=broken))
     assert caught.value.code in {"model.not_finite", "model.incomplete", "model.unreadable"}
+
+
+def test_a_model_without_a_layer_to_adapt_is_told_as_such():
+    from diffusers import UNet2DConditionModel
+
+    from gpu_agent.lora.adapter import Adapter
+    from gpu_agent.lora.families.base import ATTENTION
+    from gpu_agent.recipe import Recipe
+
+    without_attention = UNet2DConditionModel(
+        block_out_channels=(32,),
+        down_block_types=("DownBlock2D",),
+        mid_block_type=None,
+        up_block_types=("UpBlock2D",),
+    )
+    model = SimpleNamespace(
+        prefix="unet", denoiser=without_attention, targets=lambda preset: ATTENTION
+    )
+    with pytest.raises(ModelError, match="to_q") as caught:
+        Adapter(model, Recipe())
+    assert caught.value.code == "model.targets"
 
 
 def test_half_precision_is_refused_where_there_is_no_gpu(workshop):
