@@ -20,8 +20,8 @@ def write(out: Path, seed: int) -> None:
         ldm.SD2,
         unet={
             "block_out_channels": UNET_WIDTHS,
-            "down_block_types": ["CrossAttnDownBlock2D"] * 2 + ["DownBlock2D"] * 2,
-            "up_block_types": ["UpBlock2D"] * 2 + ["CrossAttnUpBlock2D"] * 2,
+            "down_block_types": ["CrossAttnDownBlock2D"] + ["DownBlock2D"] * 3,
+            "up_block_types": ["UpBlock2D"] * 3 + ["CrossAttnUpBlock2D"],
             "attention_head_dim": [1, 1, 1, 1],
             "cross_attention_dim": TEXT_WIDTH,
         },
