@@ -49,7 +49,7 @@ from pathlib import Path
 
 from gpu_agent.lora import ranks
 from gpu_agent.lora.errors import TrainerError, TrainingError
-from gpu_agent.lora.hush import hush_libraries
+from gpu_agent.lora.hush import hush_libraries, leave_out
 from gpu_agent.lora.job import Job
 from gpu_agent.lora.talk import Events, JsonLines, Orders, Pulse, mebibytes_touched
 
@@ -85,6 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _train(asked: argparse.Namespace, events: Events, orders: Orders) -> bool:
     hush_libraries()
+    leave_out()
     from gpu_agent.lora import plan
 
     planned = plan.make(Job.read(asked.job))
