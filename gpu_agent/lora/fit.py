@@ -32,8 +32,6 @@ _log = logging.getLogger(__name__)
 _GIB = 2**30
 #: Another way must be expected to take no more than this share of what ran out, to be tried.
 _LESS = 0.9
-#: Validation passes hold no activations: so many times the images of a training pass fit.
-_WITHOUT_GRADIENTS = 2
 
 
 class Meter(Protocol):
@@ -154,8 +152,9 @@ class Fit:
 
     @property
     def validated(self) -> int | None:
-        """Images of a validation pass; None where memory does not matter."""
-        return None if self._meter is None else _WITHOUT_GRADIENTS * self.way.images
+        """Images of a validation pass, which keeps no activations and so fits where a training
+        pass of as many does; None where memory does not matter."""
+        return None if self._meter is None else self.way.images
 
     def _fits(self, step: Callable[[], None], meter: Meter) -> bool:
         try:
