@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from accelerate import Accelerator
 
 from gpu_agent.lora import captions, checkpoint, compiled, curve, data, export, prior
 from gpu_agent.lora.adapter import Adapter, Trainable
-from gpu_agent.lora.cache import Cache, origin_of
+from gpu_agent.lora.cache import Cache, Sample, origin_of
 from gpu_agent.lora.errors import JobError
 from gpu_agent.lora.evaluate import Evaluator
+from gpu_agent.lora.families.base import Conditions
 from gpu_agent.lora.fit import CudaMeter, Fit, Meter
 from gpu_agent.lora.loop import Loop
 from gpu_agent.lora.paint import Painter
@@ -66,6 +68,7 @@ def _train(
     """As `train`. Raises: Stopped, at a moment at which there was nothing to save."""
     pulse = Pulse(events, orders)
     job = plan.job
+    _log.info("recipe: %s", json.dumps(job.recipe.to_dict()))
     for folder in (job.work_dir, job.output_dir):
         folder.mkdir(parents=True, exist_ok=True)
     accelerator = _accelerator(job.recipe, rank)
@@ -89,24 +92,15 @@ def _train(
         regularization = prior.painted(
             model, cache, job.recipe, job.work_dir / "prior", accelerator, pulse
         )
-    pictures = [*data.distinct(plan.split), *regularization]
-    cache.expect(pictures)
-    samples = {}
-    for number, picture in enumerate(pictures):
-        pulse.beat("caching", number, len(pictures))
-        samples[picture.digest] = cache.sample(picture)
-    prompts = job.recipe.sample_prompts or (captions.template(job.recipe),)
-    prompt_texts = {}
-    for number, prompt in enumerate(prompts):
-        pulse.beat("encoding", number, len(prompts))
-        prompt_texts[prompt] = cache.text(prompt)
+    samples = _samples(cache, [*data.distinct(plan.split), *regularization], pulse)
+    prompts = _prompts(cache, job.recipe, pulse)
     empty = cache.text("")
     adapter = _trainable(plan, model)
     model.release_encoders(texts=not adapter.trains_texts)
     fit.place()
     painter = Painter(
         model,
-        prompt_texts,
+        prompts,
         empty,
         adapter.encode,
         accelerator,
@@ -164,13 +158,10 @@ def _train(
         loop.validate()
     events.emit(
         "started",
-        total=job.recipe.steps,
+        **_told(plan),
         loss_first=loop.validations[0].loss,
         parameters=sum(parameter.numel() for parameter in adapter.parameters),
-        images=len(plan.split.train),
         regularization=len(regularization),
-        buckets=data.count_buckets(plan.split.train),
-        label=plan.split.label,
         step=loop.step,
         resume_refused=refused,
         warnings=[*plan.warnings, *cache.warnings],
@@ -183,6 +174,36 @@ def _train(
         return False
     _finish(plan, loop, checkpoints, adapter, painter, events)
     return True
+
+
+def _samples(cache: Cache, pictures: Sequence[data.Picture], pulse: Pulse) -> dict[str, Sample]:
+    """By digest. Raises: Stopped."""
+    cache.expect(pictures)
+    samples = {}
+    for number, picture in enumerate(pictures):
+        pulse.beat("caching", number, len(pictures))
+        samples[picture.digest] = cache.sample(picture)
+    return samples
+
+
+def _prompts(cache: Cache, recipe: Recipe, pulse: Pulse) -> dict[str, Conditions]:
+    """What sample images show. Raises: Stopped."""
+    prompts = recipe.sample_prompts or (captions.template(recipe),)
+    encoded = {}
+    for number, prompt in enumerate(prompts):
+        pulse.beat("encoding", number, len(prompts))
+        encoded[prompt] = cache.text(prompt)
+    return encoded
+
+
+def _told(plan: Plan) -> dict[str, Any]:
+    """Of the plan, what a training says of itself when it starts."""
+    return {
+        "total": plan.job.recipe.steps,
+        "images": len(plan.split.train),
+        "buckets": data.count_buckets(plan.split.train),
+        "label": plan.split.label,
+    }
 
 
 def _finish(
