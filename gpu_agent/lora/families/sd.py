@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from gpu_agent.lora.deep_convs import as_products
 from gpu_agent.lora.errors import ModelError
 from gpu_agent.lora.families import ldm, naming
 from gpu_agent.lora.families.base import ATTENTION, Conditions, Model
@@ -138,6 +139,8 @@ class Parts:
             device=device,
         )
         model.freeze()
+        if device.type == "cpu":
+            as_products(model.denoiser)
         return model
 
 
