@@ -36,9 +36,7 @@ def _one_thread():
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
-    from gpu_agent.lora import tiny_base
-
-    return tiny_base.write(tmp_path_factory.mktemp("base") / "tiny.safetensors", seed=0)
+    return write_sd1(tmp_path_factory.mktemp("base") / "tiny.safetensors")
 
 
 @pytest.fixture(scope="session")
@@ -51,6 +49,27 @@ def photos(tmp_path_factory):
             image.convert("RGB").reduce(3).save(folder / f"{Path(name).stem}.jpg", quality=90)
     (folder / "chelsea.txt").write_text("a cat called {trigger}")
     return folder
+
+
+def write_sd1(out):
+    """The tiny SD 1.x with attention at the first level alone: twice as fast."""
+    from gpu_agent.lora.families import ldm
+    from gpu_agent.lora.tiny import latent_diffusion, sd1
+
+    latent_diffusion.write(
+        out,
+        0,
+        ldm.SD1,
+        unet={
+            "block_out_channels": sd1.UNET_WIDTHS,
+            "cross_attention_dim": sd1.TEXT_WIDTH,
+            "down_block_types": ["CrossAttnDownBlock2D"] + ["DownBlock2D"] * 3,
+            "up_block_types": ["UpBlock2D"] * 3 + ["CrossAttnUpBlock2D"],
+        },
+        encoders={"text_encoder": sd1.TEXT_WIDTH},
+        metadata={"modelspec.architecture": "stable-diffusion-v1"},
+    )
+    return out
 
 
 @dataclass

@@ -155,7 +155,7 @@ def test_a_training_that_fits_nowhere_says_what_would_do(usual, train_on):
 
 
 def test_what_a_recipe_orders_is_done_without_a_card_too(workshop):
-    ordered = {"base_precision": "int8", "block_swap": 6, "gradient_checkpointing": "on"}
+    ordered = {"base_precision": "int8", "block_swap": 4, "gradient_checkpointing": "on"}
     said = {"steps": 2, "validation_every": 2, "batch_size": 1, "compile": "off", **ordered}
     heard, done = workshop.train(workshop.job(**said))
     fit = heard.one("started")["fit"]
