@@ -5,7 +5,9 @@
     python -m gpu_agent.lora.bench OUT --family sd1 --size tiny|full
 
 OUT becomes a diffusers folder, which every trainer reads. `full` has the published geometry of the
-family: 860 M parameters of UNet for sd1. How fast a step is does not depend on the weights' values.
+denoiser: 860 M parameters for sd1, 2.6 billion for sdxl, 11.9 billion for flux (24 GB of disk). How
+fast a step is does not depend on the weights' values, nor, but for sd1, on encoders that run once:
+those of sdxl and flux have few layers of the published widths.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from gpu_agent.lora.tiny import latent_diffusion, sd1
 
 _SD1_WIDTHS = (32, 64, 128, 128)
 #: Families whose published configuration is known without a download.
-FULL = ("sd1",)
+FULL = ("sd1", "sdxl", "flux")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -38,7 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
     if asked.size == "tiny":
         tiny(asked.out, asked.family)
     elif asked.family in FULL:
-        full(asked.out)
+        full(asked.out, asked.family)
     else:
         parser.error(f"full is known for {', '.join(FULL)}, not for {asked.family}")
 
@@ -60,7 +62,40 @@ def tiny(out: Path, family: str) -> None:
             module.pipeline(made, Path(work) / "config").save_pretrained(out)
 
 
-def full(out: Path) -> None:
+def full(out: Path, family: str) -> None:
+    {"sd1": _full_sd1, "sdxl": _full_sdxl, "flux": _full_flux}[family](out)
+
+
+def _full_sdxl(out: Path) -> None:
+    encoders = {
+        encoder.component: width
+        for encoder, width in zip(ldm.SDXL.encoders, (768, 1280), strict=True)
+    }
+    latent_diffusion.write(out, 0, ldm.SDXL, unet={}, encoders=encoders, metadata={})
+
+
+def _full_flux(out: Path) -> None:
+    import torch
+
+    from gpu_agent.lora.tiny import flux  # imports diffusers
+
+    before = torch.get_default_dtype()
+    # as it is published; in fp32 it would be 48 GB
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        flux.write_of(out, 0, flux_transformer(), clip=768, t5=4096)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def flux_transformer() -> Any:
+    """FLUX.1 dev's, by diffusers' own defaults."""
+    from diffusers import FluxTransformer2DModel
+
+    return FluxTransformer2DModel(guidance_embeds=True)
+
+
+def _full_sd1(out: Path) -> None:
     """Stable Diffusion 1.5 as it is published, but untrained and with CLIP's bytes for words."""
     import torch
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
