@@ -11,10 +11,11 @@ import pytest
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("chaos", "tests/chaos")
-    group.addoption("--chaos-rounds", type=int, default=8, help="so many kills; default: 8")
+    group.addoption("--chaos-rounds", type=int, default=4, help="so many kills; default: 4")
     group.addoption("--chaos-seed", type=int, default=1, help="what is killed, and when")
     group.addoption("--chaos-jobs", type=int, default=3, help="jobs under way all the time")
     group.addoption("--chaos-report", default="", help="a JSON file for what came of it")
+    parser.addoption("--slow", action="store_true", help="also what takes a minute or more")
     group = parser.getgroup("mutations", "tests/mutations")
     group.addoption("--mutants", action="store_true", help="try every mutation of the catalogue")
 
@@ -23,6 +24,14 @@ def pytest_configure() -> None:
     """Whoever runs us in the background ignores SIGINT, and our children would inherit that."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is slow, unless it was asked for."""
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    if slow and not config.getoption("--slow"):
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in set(slow)]
 
 
 @pytest.fixture(autouse=True)

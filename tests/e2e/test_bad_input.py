@@ -19,6 +19,8 @@ import requests
 
 from orchestrator.cli.console import CliError
 
+pytestmark = pytest.mark.slow
+
 
 def _put_on_shelf(stoker: Any, version: int, name: str, body: bytes) -> Path:
     """A model at the Civitai sandbox."""

@@ -80,6 +80,7 @@ def test_the_demos_webhooks_come_verified_and_in_order(whole: Any) -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_one_demo_at_a_time_and_ctrl_c_ends_it_whole(
     whole: Any, start_demo: Callable[..., Any], until: Callable[..., Any]
 ) -> None:
@@ -102,6 +103,7 @@ def test_one_demo_at_a_time_and_ctrl_c_ends_it_whole(
     assert first.files() == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["Ctrl-C", "SIGKILL"])
 def test_a_demo_that_is_ended_while_it_starts_leaves_nothing_running(
     start_demo: Callable[..., Any], until: Callable[..., Any], number: signal.Signals
@@ -117,6 +119,7 @@ def test_a_demo_that_is_ended_while_it_starts_leaves_nothing_running(
     until(lambda: not demo.left(), "all processes are gone", 30.0)
 
 
+@pytest.mark.slow
 def test_photographs_that_are_none_fail_the_demo_and_it_says_which(
     start_demo: Callable[..., Any], tmp_path: Path
 ) -> None:

@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import requests
 
+pytestmark = pytest.mark.slow
+
 STEPS = 80
 #: Checkpoints every so many seconds; what may be lost is no more than that.
 CHECKPOINT_S = 2

@@ -44,7 +44,7 @@ class Copy:
         )
 
     def pytest(self, *tests: str) -> subprocess.CompletedProcess[str]:
-        return self.run("-m", "pytest", "-q", "-p", "no:cacheprovider", *tests)
+        return self.run("-m", "pytest", "-q", "--slow", "-p", "no:cacheprovider", *tests)
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,8 @@ from orchestrator.bench import latency, reconcile
 from orchestrator.bench.place import children, memory_mb
 from orchestrator.cli import app
 
+pytestmark = pytest.mark.slow
+
 SMALL = reconcile.Sizes(few=20, many=60, finished=40, due=10)
 
 

@@ -53,6 +53,7 @@ def test_a_trainer_that_ends_without_steps_is_told_with_its_last_words() -> None
         trainer.watch(argv, trainer.STEP_OF[trainer.OTHER], dict(trainer.os.environ))
 
 
+@pytest.mark.slow
 def test_the_trainer_bench_measures_a_real_training_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

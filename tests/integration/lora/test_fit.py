@@ -252,6 +252,7 @@ def weight_of(blocks):
     return sum(item.numel() * item.element_size() for item in tensors if not item.requires_grad)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, of its own
 def test_a_block_that_cannot_be_compiled_goes_on_as_it_was(monkeypatch, tmp_path, caplog):
     import torch._inductor.config as inductor

@@ -105,7 +105,11 @@ def flux(side):
 
 @pytest.mark.parametrize(
     ("make", "side", "again"),
-    [(sd1, 512, True), (sdxl, 1024, False), (flux, 512, False)],
+    [
+        (sd1, 512, True),
+        pytest.param(sdxl, 1024, False, marks=pytest.mark.slow),
+        pytest.param(flux, 512, False, marks=pytest.mark.slow),
+    ],
     ids=["sd1-again", "sdxl", "flux"],
 )
 @pytest.mark.usefixtures("autocast")

@@ -28,6 +28,7 @@ RECIPE = {
 }
 
 
+@pytest.mark.slow
 def test_a_training_killed_and_stopped_on_its_way_ends_like_an_undisturbed_one(
     workshop, start, tmp_path
 ):
