@@ -15,6 +15,8 @@ from gpu_agent.wire import Fact
 from state import policy
 from state.job import Job, Status
 
+pytestmark = pytest.mark.slow
+
 Moment = Callable[[Job], bool]
 
 
