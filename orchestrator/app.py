@@ -12,6 +12,7 @@ from flask_openapi.models.server import Server
 from flask_openapi.openapi import OpenAPI
 from flask_openapi.types import ResponseDict
 
+from orchestrator import dashboard
 from orchestrator.agent_api import agent_api
 from orchestrator.api import problems
 from orchestrator.api.datasets import datasets
@@ -79,6 +80,7 @@ def create_app(deps: Deps) -> OpenAPI:
     app.register_blueprint(agent_api(deps, auth, waker))
     app.register_blueprint(vast_hints(deps, waker))
     app.register_blueprint(health(deps, metrics, lambda: spec_of(app)))
+    dashboard.install(app, deps, waker)
     receiver = Receiver(auth, ReportTaker(deps.store, deps.clock, waker, metrics), metrics)
     app.wsgi_app = WsgiReceiver(app.wsgi_app, receiver)  # type: ignore[method-assign]
     return app

@@ -92,7 +92,7 @@ class Edge:
             wake=lambda task, subject: self.woken.append((task, subject)),
             bundle=ImaginedBundle(),
             resolve_base=self._resolve,
-            settings=Settings(public_url="https://stoker.test"),
+            settings=Settings(public_url="https://stoker.test", secret_keys=(SecretBox.new_key(),)),
             ready_checks={
                 name: (lambda name=name: self.faults.get(name)) for name in ("database", "redis")
             },
@@ -129,6 +129,21 @@ class Edge:
                 )
             )
         return {"Authorization": f"Bearer {text}"}
+
+    @staticmethod
+    def csrf_of(page: TestResponse) -> str:
+        """The token that a page's own forms and scripts send."""
+        return page.text.partition('name="csrf-token" content="')[2].partition('"')[0]
+
+    def page(self) -> FlaskClient:
+        """A browser in which an operator is logged in."""
+        browser = self.app.test_client()
+        browser.environ_base["wsgi.url_scheme"] = "https"
+        key = self.key("operations", "operator")["Authorization"].removeprefix("Bearer ")
+        token = self.csrf_of(browser.get("/login"))
+        answer = browser.post("/login", data={"key": key, "csrf_token": token})
+        assert answer.status_code == 302, answer.text
+        return browser
 
     def dataset(self, owner: str = "alice", status: DatasetStatus = DatasetStatus.READY) -> Dataset:
         now = self.clock()

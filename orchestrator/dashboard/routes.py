@@ -1,0 +1,22 @@
+"""Every page, gathered into one blueprint."""
+
+from __future__ import annotations
+
+from flask import Blueprint, Flask
+
+from orchestrator.dashboard import access, fleet, words
+from orchestrator.deps import Deps
+from orchestrator.waker import Waker
+
+#: What the frame's navigation names, in order.
+PAGES = (("pages.fleet", "Fleet"),)
+
+
+def install(app: Flask, deps: Deps, waker: Waker) -> None:
+    """Add the pages to `app`."""
+    pages = Blueprint("pages", __name__, template_folder="templates", static_folder="static")
+    access.install(pages, deps, access.secure(app, deps))
+    words.install(pages)
+    fleet.register(pages, deps, waker)
+    pages.add_app_template_global(PAGES, "PAGES")  # type: ignore[arg-type]  # any value will do
+    app.register_blueprint(pages)
