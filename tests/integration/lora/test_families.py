@@ -21,6 +21,7 @@ FAMILIES = {
 }
 #: Where 64 pixels are too few latents.
 RESOLUTIONS = {"hunyuanimage": 128}
+#: The second one with --slow only: a training for each of eight families takes a minute.
 SEEDS = (0, 1)
 RECIPE = {
     "steps": 100,
@@ -47,12 +48,12 @@ def base_of(request, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def trainings(base_of, tmp_path_factory, workshop_in):
+def trainings(base_of, tmp_path_factory, workshop_in, pytestconfig):
     """One training per seed: its events."""
     name, base = base_of
     workshop = workshop_in(tmp_path_factory.mktemp(f"{name}-trained"))
     heard = {}
-    for seed in SEEDS:
+    for seed in SEEDS if pytestconfig.getoption("--slow") else SEEDS[:1]:
         recipe = {**RECIPE, "seed": seed, "resolution": RESOLUTIONS.get(name, 64)}
         job = workshop.job(f"seed-{seed}", base=base, family=name, **recipe)
         heard[seed], done = workshop.train(job)
