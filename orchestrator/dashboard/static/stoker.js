@@ -6,12 +6,107 @@ document.addEventListener("htmx:config:request", ({ detail }) => {
     document.querySelector('meta[name="csrf-token"]').content;
 });
 
-// Times are UTC in the page, and local to whoever reads it.
-function localTimes(root) {
-  for (const element of root.querySelectorAll("time[datetime]")) {
-    const at = new Date(element.dateTime);
-    if (!Number.isNaN(at.valueOf())) element.title = at.toLocaleString();
+// Times are UTC in the page, and local to whoever reads it; with `data-ago` also how long ago.
+export function spanOf(seconds) {
+  const s = Math.max(0, Math.round(seconds));
+  const two = (value) => String(value).padStart(2, "0");
+  if (s < 60) return `${s} s`;
+  if (s < 3600) return `${Math.floor(s / 60)} min ${two(s % 60)} s`;
+  if (s < 86400) return `${Math.floor(s / 3600)} h ${two(Math.floor((s % 3600) / 60))} min`;
+  return `${Math.floor(s / 86400)} d ${Math.floor((s % 86400) / 3600)} h`;
+}
+
+export function dollars(micro) {
+  const value = micro / 1e6;
+  const digits = Math.abs(value) < 1 ? 4 : 2;
+  return `$${value.toLocaleString("en-US", { minimumFractionDigits: digits, maximumFractionDigits: digits })}`;
+}
+
+// The server's clock, as far as this page knows it: every part of it says when it was made.
+let ahead = 0;
+function readClock() {
+  const made = document.querySelector("[data-now]");
+  if (made) ahead = Number(made.dataset.now) * 1000 - Date.now();
+}
+const now = () => Date.now() + ahead;
+
+// Between two updates, what runs on runs on: `data-since` counts up, `data-until` down (both
+// seconds since 1970), `data-money` grows by `data-rate` micro-USD per hour since `data-now`.
+function tick() {
+  for (const element of document.querySelectorAll("[data-since]")) {
+    element.textContent = spanOf(now() / 1000 - Number(element.dataset.since));
+  }
+  for (const element of document.querySelectorAll("[data-until]")) {
+    element.textContent = spanOf(Number(element.dataset.until) - now() / 1000);
+  }
+  for (const element of document.querySelectorAll("[data-money][data-rate]")) {
+    const hours = Math.max(0, now() / 1000 - Number(element.dataset.at)) / 3600;
+    element.textContent = dollars(Number(element.dataset.money) + hours * Number(element.dataset.rate));
   }
 }
-localTimes(document);
-document.addEventListener("htmx:after:swap", () => localTimes(document));
+
+function localTimes() {
+  for (const element of document.querySelectorAll("time[datetime]")) {
+    const at = new Date(element.dateTime);
+    if (Number.isNaN(at.valueOf())) continue;
+    element.title = at.toLocaleString();
+    if ("ago" in element.dataset) element.textContent = `${spanOf((now() - at) / 1000)} ago`;
+  }
+}
+
+function refresh() {
+  readClock();
+  localTimes();
+  tick();
+}
+refresh();
+document.addEventListener("htmx:after:swap", refresh);
+setInterval(tick, 1000);
+setInterval(localTimes, 10_000);
+
+// Dialogs: `data-opens` names one, `data-closes` closes the one it is in; Escape does by itself.
+document.addEventListener("click", (event) => {
+  const opener = event.target.closest("[data-opens]");
+  if (opener) document.getElementById(opener.dataset.opens)?.showModal();
+  if (event.target.closest("[data-closes]")) event.target.closest("dialog")?.close();
+  if (event.target instanceof HTMLDialogElement) event.target.close(); // beside its box
+});
+
+// `data-copy` puts the text of the element that it names onto the clipboard.
+document.addEventListener("click", async (event) => {
+  const button = event.target.closest("[data-copy]");
+  if (!button) return;
+  const words = button.textContent;
+  const source = document.querySelector(button.dataset.copy);
+  try {
+    await navigator.clipboard.writeText(source.textContent);
+    button.textContent = "Copied";
+  } catch {
+    getSelection().selectAllChildren(source); // no permission, or no https
+    button.textContent = "Press Ctrl-C";
+  }
+  setTimeout(() => { button.textContent = words; }, 2000);
+});
+
+// `/` leads to the search of a page that has one.
+document.addEventListener("keydown", (event) => {
+  const typing = event.target.closest("input, textarea, select, [contenteditable], dialog");
+  if (event.key !== "/" || typing || event.ctrlKey || event.metaKey || event.altKey) return;
+  const search = document.querySelector("[data-search]");
+  if (!search) return;
+  event.preventDefault();
+  search.focus();
+  search.select();
+});
+
+// A gone connection is said; the next good answer takes it back.
+const lost = () => { document.body.dataset.line = "lost"; };
+const found = () => { delete document.body.dataset.line; };
+document.addEventListener("htmx:error", lost);
+document.addEventListener("htmx:sse:error", lost);
+document.addEventListener("htmx:response:error", ({ detail }) => {
+  if (detail.ctx.response.status >= 500) lost();
+});
+document.addEventListener("htmx:after:swap", found);
+document.addEventListener("htmx:sse:after:connection", found);
+addEventListener("offline", lost);
