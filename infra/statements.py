@@ -214,6 +214,13 @@ def events_of_job(*, one_type: bool) -> Sql:
 
 
 @cache
+def transitions_of_jobs() -> Sql:
+    wanted = (_one_of(events.c.job, "ids"), events.c.type == literal_column("'transition'"))
+    statement = select(*codecs.EVENTS.columns).where(*wanted)
+    return _sql(statement.order_by(events.c.job, events.c.seq))
+
+
+@cache
 def known_webhook_ids() -> Sql:
     return _sql(select(events.c.webhook_id).where(_one_of(events.c.webhook_id, "ids")))
 
@@ -264,6 +271,24 @@ def job_listing(
     return wanted
 
 
+def job_says(text: str) -> ColumnElement[bool]:
+    """The job has `text` in its id, base or metadata, or had the machine `text`."""
+    said = func.jsonb_each_text(jobs.c.metadata).table_valued("key", "value")
+    either = or_(_holds(said.c.key, text), _holds(said.c.value, text))
+    rented = exists().where(leases.c.job == jobs.c.id, leases.c.machine_id == text)
+    return or_(
+        _holds(jobs.c.id, text),
+        _holds(jobs.c.request["base"].astext, text),
+        exists(select(literal_column("1")).select_from(said).where(either)),
+        rented,
+    )
+
+
+def _holds(column: Any, text: str) -> ColumnElement[bool]:
+    wanted: ColumnElement[bool] = column.icontains(text, autoescape=True)
+    return wanted
+
+
 def attempts_over(codec: Codec[Any], when: datetime) -> Select[Any]:
     wanted = listing(codec, "created_at", "job", "number")
     wanted = wanted.join(jobs, jobs.c.id == attempts.c.job)
@@ -278,8 +303,21 @@ def open_leases() -> Select[Any]:
     return listing(codecs.LEASES, "created_at", "id").where(_IS_OPEN)
 
 
+def leases_of_jobs(ids: Collection[str]) -> Select[Any]:
+    return listing(codecs.LEASES, "created_at", "id").where(leases.c.job.in_(list(ids)))
+
+
 def leases_since(when: datetime) -> Select[Any]:
     return listing(codecs.LEASES, "created_at", "id").where(leases.c.created_at >= when)
+
+
+def leases_between(
+    start: datetime, end: datetime, after: tuple[datetime, str] | None
+) -> Select[Any]:
+    wanted = leases_since(start).where(leases.c.created_at < end)
+    if after is not None:
+        wanted = wanted.where(tuple_(leases.c.created_at, leases.c.id) > after)
+    return wanted
 
 
 @cache

@@ -349,12 +349,15 @@ class SqlTransaction:
         statuses: Collection[Status] = (),
         metadata: Mapping[str, str] | None = None,
         dataset: str | None = None,
+        text: str | None = None,
         before: str | None = None,
         limit: int = 50,
     ) -> list[Job]:
-        if not all(map(codecs.storable, (owner, dataset, before, *(metadata or {}).items()))):
+        if not all(map(codecs.storable, (owner, dataset, text, before, *(metadata or {}).items()))):
             return []
         wanted = statements.job_listing(owner, statuses, metadata, dataset, before)
+        if text is not None:
+            wanted = wanted.where(statements.job_says(text))
         return self._values(codecs.JOBS, wanted.limit(limit))
 
     def count_jobs(self) -> dict[Status, int]:
@@ -405,11 +408,28 @@ class SqlTransaction:
         wanted = statements.listing(codecs.LEASES, "created_at", "id")
         return self._values(codecs.LEASES, wanted.where(schema.leases.c.job == job_id))
 
+    def leases_of_jobs(self, ids: Collection[str]) -> dict[str, list[Lease]]:
+        found: dict[str, list[Lease]] = {job_id: [] for job_id in ids}
+        for lease in self._values(codecs.LEASES, statements.leases_of_jobs(found)):
+            found[lease.job].append(lease)
+        return found
+
     def lease_by_token(self, token_hash: str, *, lock: bool = False) -> Lease | None:
         return self._find(codecs.LEASES, lock=lock, token_hash=token_hash)
 
     def leases_since(self, when: datetime) -> list[Lease]:
         return self._values(codecs.LEASES, statements.leases_since(when))
+
+    def leases_between(
+        self,
+        start: datetime,
+        end: datetime,
+        *,
+        after: tuple[datetime, str] | None = None,
+        limit: int = 1000,
+    ) -> list[Lease]:
+        wanted = statements.leases_between(start, end, after).limit(limit)
+        return self._values(codecs.LEASES, wanted)
 
     def open_leases(self) -> list[Lease]:
         return self._values(codecs.LEASES, statements.open_leases())
@@ -457,6 +477,13 @@ class SqlTransaction:
         wanted = {"job": job_id, "after": after, "limit": limit, "type": type}
         found = self._read(statements.events_of_job(one_type=type is not None), wanted)
         return [codecs.EVENTS.value(row) for row in found]
+
+    def transitions_of(self, ids: Collection[str]) -> dict[str, list[Event]]:
+        found: dict[str, list[Event]] = {job_id: [] for job_id in ids}
+        for row in self._read(statements.transitions_of_jobs(), {"ids": list(found)}):
+            event = codecs.EVENTS.value(row)
+            found[event.job].append(event)
+        return found
 
     def known_reports(self, webhook_ids: Collection[str]) -> set[str]:
         found = self._read(statements.known_webhook_ids(), {"ids": list(webhook_ids)})

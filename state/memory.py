@@ -325,6 +325,7 @@ class MemoryTransaction:
         statuses: Collection[Status] = (),
         metadata: Mapping[str, str] | None = None,
         dataset: str | None = None,
+        text: str | None = None,
         before: str | None = None,
         limit: int = 50,
     ) -> list[Job]:
@@ -337,6 +338,7 @@ class MemoryTransaction:
                 and (dataset is None or job.request.dataset_id == dataset)
                 and (before is None or job.id < before)
                 and all(job.request.metadata.get(k) == v for k, v in (metadata or {}).items())
+                and (text is None or self._says(job, text))
             )
 
         among: Collection[str] = data.jobs
@@ -348,6 +350,12 @@ class MemoryTransaction:
             among = data.jobs_by_owner.get(owner, ())
         ids = heapq.nlargest(limit, (job_id for job_id in among if is_wanted(data.jobs[job_id])))
         return [data.jobs[job_id] for job_id in ids]
+
+    def _says(self, job: Job, text: str) -> bool:
+        request = job.request
+        words = (job.id, request.base, *request.metadata, *request.metadata.values())
+        machines = (lease.machine_id for lease in self.leases_of(job.id))
+        return any(text.lower() in word.lower() for word in words) or text in machines
 
     def count_jobs(self) -> dict[Status, int]:
         return {status: len(ids) for status, ids in self._data.jobs_by_status.items() if ids}
@@ -425,6 +433,9 @@ class MemoryTransaction:
     def leases_of(self, job_id: str) -> list[Lease]:
         return self._leases(self._data.leases_by_job.get(job_id, ()))
 
+    def leases_of_jobs(self, ids: Collection[str]) -> dict[str, list[Lease]]:
+        return {job_id: self.leases_of(job_id) for job_id in ids}
+
     def lease_by_token(self, token_hash: str, *, lock: bool = False) -> Lease | None:
         lease_id = self._data.tokens.get(token_hash)
         return None if lease_id is None else self.lease(lease_id)
@@ -437,6 +448,18 @@ class MemoryTransaction:
                 break
             found.append(lease)
         return self._by_age(found)
+
+    def leases_between(
+        self,
+        start: datetime,
+        end: datetime,
+        *,
+        after: tuple[datetime, str] | None = None,
+        limit: int = 1000,
+    ) -> list[Lease]:
+        found = (lease for lease in self.leases_since(start) if lease.created_at < end)
+        behind = (lease for lease in found if after is None or (lease.created_at, lease.id) > after)
+        return list(itertools.islice(behind, limit))
 
     def open_leases(self) -> list[Lease]:
         return self._leases(self._data.open_leases.values())
@@ -482,6 +505,10 @@ class MemoryTransaction:
             if seq > after and (type is None or event.type == type)
         )
         return [of_job[seq] for seq in numbers[:limit]]
+
+    def transitions_of(self, ids: Collection[str]) -> dict[str, list[Event]]:
+        no_limit = 2**31
+        return {job_id: self.events(job_id, limit=no_limit, type="transition") for job_id in ids}
 
     def known_reports(self, webhook_ids: Collection[str]) -> set[str]:
         return {name for name in webhook_ids if name in self._data.webhook_ids}

@@ -52,10 +52,12 @@ class Transaction(Protocol):
         statuses: Collection[Status] = (),
         metadata: Mapping[str, str] | None = None,
         dataset: str | None = None,
+        text: str | None = None,
         before: str | None = None,
         limit: int = 50,
     ) -> list[Job]:
-        """Newest id first, those with an id below `before`."""
+        """Newest id first, those with an id below `before`. With `text`, those that have it in
+        their id, their base or their metadata, in whatever case, or had a machine of that id."""
 
     def count_jobs(self) -> dict[Status, int]:
         """How many jobs stand in each status; a status without any may be missing."""
@@ -89,9 +91,23 @@ class Transaction(Protocol):
     def leases_of(self, job_id: str) -> list[Lease]:
         """All of a job, oldest first."""
 
+    def leases_of_jobs(self, ids: Collection[str]) -> dict[str, list[Lease]]:
+        """For each of `ids`, its leases, oldest first."""
+
     def lease_by_token(self, token_hash: str, *, lock: bool = False) -> Lease | None: ...
     def leases_since(self, when: datetime) -> list[Lease]:
         """Created at `when` or later, oldest first."""
+
+    def leases_between(
+        self,
+        start: datetime,
+        end: datetime,
+        *,
+        after: tuple[datetime, str] | None = None,
+        limit: int = 1000,
+    ) -> list[Lease]:
+        """Created at `start` or later and before `end`, oldest first; a page at a time: those
+        behind `after`, the last one's `created_at` and id."""
 
     def open_leases(self) -> list[Lease]: ...
     def offers_taken(self, offer_ids: Collection[str]) -> set[str]:
@@ -107,6 +123,9 @@ class Transaction(Protocol):
         self, job_id: str, *, after: int = 0, limit: int = 100, type: str | None = None
     ) -> list[Event]:
         """By seq, those above `after`; with `type`, only those of it."""
+
+    def transitions_of(self, ids: Collection[str]) -> dict[str, list[Event]]:
+        """For each of `ids`, its events of type `transition`, by seq."""
 
     def known_reports(self, webhook_ids: Collection[str]) -> set[str]:
         """Those of `webhook_ids` that are stored already."""

@@ -507,6 +507,19 @@ def test_leases_since_a_time_are_the_young_ones(make, commit):
     assert commit("leases_since", make.now) == young
 
 
+def test_leases_between_two_times_come_a_page_at_a_time(make, commit):
+    kept = [make.lease(f"job_{n}", created_at=make.after(n // 2)) for n in range(5)]
+    late = make.lease("job_late", created_at=make.after(3))
+    for lease in (make.lease("job_old", created_at=make.after(-1)), *kept, late):
+        commit("add_lease", lease)
+    found, after = [], None
+    while page := commit("leases_between", make.now, make.after(3), after=after, limit=2):
+        assert len(page) <= 2
+        found += page
+        after = (page[-1].created_at, page[-1].id)
+    assert found == sorted(kept, key=lambda lease: (lease.created_at, lease.id))
+
+
 def test_a_second_machine_may_be_held_beside_one_that_is_slow(make, commit):
     commit("add_lease", make.lease("job_1"))
     hedge = make.lease("job_1", hedge=True)
