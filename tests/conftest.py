@@ -42,6 +42,7 @@ def _no_ambient_settings(monkeypatch: pytest.MonkeyPatch) -> None:
             name.lower() in ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
         ):
             monkeypatch.delenv(name)
+    monkeypatch.setenv("STOKER_CONFIG", "")  # nor a file of theirs
 
 
 class ManualClock:

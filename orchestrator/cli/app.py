@@ -11,7 +11,7 @@ import typer
 
 from infra.embedded import EmbeddedError
 from infra.settings import SettingsError
-from orchestrator.cli import bench, demo, hosts, jobs, sandbox, servers, sim
+from orchestrator.cli import bench, demo, docs, hosts, jobs, sandbox, servers, sim
 from orchestrator.cli.console import CliError, Exit, report
 from state.errors import StokerError
 
@@ -37,6 +37,7 @@ def make_app(*, plain: bool = False) -> typer.Typer:
     sandbox.register(app)
     bench.register(app)
     sim.register(app)
+    docs.register(app)
     app.command()(test)
     return app
 

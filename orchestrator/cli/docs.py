@@ -1,0 +1,30 @@
+"""`stoker docs`: reference pages, drawn from the program itself; a test holds them together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Annotated
+
+import typer
+
+from infra.settings import settings_page
+from orchestrator.cli.console import CliError, Exit
+from state.diagram import markdown
+
+#: The pages below `docs/`, and what draws them.
+PAGES: Mapping[str, Callable[[], str]] = {"settings": settings_page, "states": markdown}
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(docs)
+
+
+def docs(page: Annotated[str, typer.Argument(help=f"{', '.join(PAGES)}.")]) -> None:
+    """Print a page of the reference, as it lies in docs/.
+
+    Example: stoker docs settings > docs/settings.md
+    """
+    if page not in PAGES:
+        why = f"drawn from the program are {', '.join(PAGES)}"
+        raise CliError(f"there is no page {page!r}", why, "name one of them", Exit.USAGE)
+    print(PAGES[page](), end="")
