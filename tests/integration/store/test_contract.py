@@ -926,6 +926,48 @@ def test_the_last_beat_of_a_name_counts(make, commit):
     assert commit("beats") == {"sweep": (make.after(1), {}), "worker": (make.now, {"pid": 7})}
 
 
+# --- many jobs at once ------------------------------------------------------------------------
+
+
+def test_leases_and_transitions_of_many_jobs_come_in_one_answer(make, commit):
+    mine = [make.lease("job_1", attempt=1), make.lease("job_1", attempt=2)]
+    for lease in (*mine, make.lease("job_2"), make.lease("job_3")):
+        commit("add_lease", lease)
+    of_jobs = commit("leases_of_jobs", ["job_1", "job_2", "job_unknown"])
+    assert of_jobs["job_1"] == mine
+    assert len(of_jobs["job_2"]) == 1
+    assert of_jobs["job_unknown"] == []
+    assert set(of_jobs) == {"job_1", "job_2", "job_unknown"}
+    steps = [make.event("job_1", seq, type="transition", data={"to": "x"}) for seq in (1, 3)]
+    others = [make.report("job_1", 2), make.event("job_2", 1, type="transition")]
+    commit("add_events", [*steps, *others])
+    assert commit("transitions_of", ["job_1", "job_9"]) == {"job_1": steps, "job_9": []}
+    assert commit("transitions_of", []) == commit("leases_of_jobs", []) == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("CIVITAI:77", ["b"]),  # the base, in whatever case
+        ("100%", ["a"]),  # a metadata value; % and _ are no patterns
+        ("r_n", ["a"]),
+        ("customer", ["a"]),  # a metadata key
+        ("m4711", ["b"]),  # the machine that it had, by its whole id
+        ("m47", []),
+        ("job_s", ["b", "a"]),
+        ("nothing like it", []),
+        ("\x00", []),
+    ],
+)
+def test_jobs_are_searched_by_what_people_remember(make, commit, text, found):
+    names = {"job_sa": "a", "job_sb": "b"}
+    said = {"metadata": {"customer_no": "100% Größe"}}
+    commit("add_job", make.job(id="job_sa", request={"base": "hf:acme/tiny", **said}))
+    commit("add_job", make.job(id="job_sb", request={"base": "civitai:777"}))
+    commit("add_lease", make.lease("job_sb", machine_id="m4711"))
+    assert [names[job.id] for job in commit("list_jobs", text=text)] == found
+
+
 # --- retention --------------------------------------------------------------------------------
 
 
