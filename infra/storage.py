@@ -18,6 +18,7 @@ from typing import Any
 from urllib.parse import quote
 
 import boto3
+import requests
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
@@ -30,6 +31,8 @@ LONGEST_URL_S = 3600
 #: S3's own limit on one PUT
 LARGEST_PUT = 5 * 1024**3
 _DELETE_BATCH = 1000
+#: What our own rule is called among a bucket's CORS rules.
+_CORS_RULE = "stoker-pages"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +116,62 @@ class Storage:
             except ClientError as exc:
                 if _code(exc) not in ("BucketAlreadyOwnedByYou", "BucketAlreadyExists"):
                     raise
+
+    # browsers
+
+    def fault_for_browsers(self, origin: str) -> str | None:
+        """Why pages of `origin` (`https://host`) could not PUT here; None when they can.
+
+        Asked as a browser asks before it uploads. A store whose answer cannot be had is a fault.
+        """
+        url = self.presign_put("checks/browser", bytes=1, expires_s=60).url
+        asked = {
+            "Origin": origin,
+            "Access-Control-Request-Method": "PUT",
+            "Access-Control-Request-Headers": "content-type",
+        }
+        with requests.Session() as session:
+            session.trust_env = False  # as above: no proxy unasked
+            try:
+                answer = session.options(url, headers=asked, timeout=10, allow_redirects=False)
+            except requests.RequestException as exc:
+                return f"the store could not be asked: {type(exc).__name__}"
+        said = answer.headers
+        methods = _listed(said.get("Access-Control-Allow-Methods", ""))
+        headers = _listed(said.get("Access-Control-Allow-Headers", ""))
+        if said.get("Access-Control-Allow-Origin") not in ("*", origin):
+            return f"its CORS rules let no page of {origin} upload (HTTP {answer.status_code})"
+        if not methods & {"put", "*"}:
+            return f"its CORS rules let pages of {origin} make no PUT"
+        if not headers & {"content-type", "*"}:
+            return f"its CORS rules let pages of {origin} send no Content-Type"
+        return None
+
+    def allow_browsers(self, origin: str) -> None:
+        """Add a CORS rule for uploads from pages of `origin`; other rules stay.
+
+        Raises: StorageError, also where the key may not (`s3:PutBucketCORS`), or the store knows
+        no such rules.
+        """
+        with self._translated("CORS rules"):
+            try:
+                rules = self._client.get_bucket_cors(Bucket=self._bucket)["CORSRules"]
+            except ClientError as exc:
+                if _code(exc) != "NoSuchCORSConfiguration":
+                    raise
+                rules = []
+            ours = {
+                "ID": _CORS_RULE,
+                "AllowedOrigins": [origin],
+                "AllowedMethods": ["GET", "PUT", "HEAD"],
+                # by name: R2 does not take "*"
+                "AllowedHeaders": ["content-type"],
+                "MaxAgeSeconds": 3600,
+            }
+            others = [rule for rule in rules if rule.get("ID") != _CORS_RULE]
+            self._client.put_bucket_cors(
+                Bucket=self._bucket, CORSConfiguration={"CORSRules": [*others, ours]}
+            )
 
     # URLs
 
@@ -356,6 +415,10 @@ def _status(exc: ClientError) -> int:
 
 def _code(exc: ClientError) -> str:
     return str(exc.response.get("Error", {}).get("Code", ""))
+
+
+def _listed(header: str) -> set[str]:
+    return {item.strip().lower() for item in header.split(",")}
 
 
 def _expect_digest(key: str, got: bytes, sha256: str) -> None:

@@ -50,6 +50,8 @@ allow_account_management = false
 conn_timeout = 2
 node_timeout = 60
 recoverable_node_timeout = 60
+# Browsers upload from the pages. Any origin may: it is the signature in the URL that admits.
+cors_allow_origin = *
 
 [filter:catch_errors]
 use = egg:swift#catch_errors
@@ -68,6 +70,7 @@ use = egg:swift#s3api
 location = {region}
 s3_acl = false
 dns_compliant_bucket_names = true
+cors_preflight_allow_origin = *
 
 [filter:tempauth]
 use = egg:swift#tempauth

@@ -22,6 +22,7 @@ from infra import embedded
 from infra.crypto import SecretBox
 from infra.migrations import current, upgrade
 from infra.settings import Settings, SettingsError
+from infra.storage import Storage
 from infra.wiring import Services, utc_now
 from orchestrator.api.ids import new_id
 from orchestrator.checks import ready_checks
@@ -180,7 +181,28 @@ def _say(name: str, state: str) -> None:
 def prepare(settings: Settings) -> None:
     """Bring the database and the bucket into shape. Again is harmless."""
     upgrade(settings.database_url.reveal())
-    Services(settings).storage.ensure_bucket()
+    storage = Services(settings).storage
+    storage.ensure_bucket()
+    admit_pages(storage, settings.public_url)
+
+
+def admit_pages(storage: Storage, public_url: str) -> None:
+    """See that the pages of `public_url` may upload to the store, or say that they may not."""
+    parts = urlsplit(public_url)
+    origin = f"{parts.scheme}://{parts.netloc}"
+    if storage.fault_for_browsers(origin) is None:
+        return
+    try:
+        storage.allow_browsers(origin)
+        fault = storage.fault_for_browsers(origin)
+    except StokerError as error:
+        fault = str(error)
+    if fault:
+        err.print(
+            f"warning: the page New training cannot upload photographs: {fault}; add a CORS rule "
+            f"to the bucket for PUT with Content-Type from {origin}",
+            markup=False,
+        )
 
 
 def serve(

@@ -7,8 +7,10 @@ import hashlib
 import time
 from pathlib import Path
 
+import boto3
 import pytest
 import requests
+from botocore.stub import Stubber
 
 from infra.settings import Settings
 from infra.storage import Storage, Upload
@@ -202,3 +204,53 @@ def test_missing_bucket_is_made_once(s3_settings: Settings) -> None:
     other.ensure_bucket()
     other.ensure_bucket()
     other.check()
+
+
+def test_a_page_of_another_origin_can_upload_and_fetch(storage: Storage, folder: str) -> None:
+    """What a browser asks before, and wants to see in the answer to, each upload."""
+    origin = "https://stoker.test"
+    assert storage.fault_for_browsers(origin) is None
+    upload = storage.presign_put(folder + "photo.jpg", bytes=5)
+    before = {"Origin": origin, "Access-Control-Request-Method": "PUT"}
+    before["Access-Control-Request-Headers"] = "content-type"
+    assert requests.options(upload.url, headers=before, timeout=20).status_code == 200
+    sent = {**upload.headers, "Origin": origin}
+    answer = requests.put(upload.url, data=b"photo", headers=sent, timeout=20)
+    assert answer.status_code == 200
+    assert answer.headers["Access-Control-Allow-Origin"] in ("*", origin)
+    shown = get(storage.presign_get(folder + "photo.jpg"), Origin=origin)
+    assert shown.headers["Access-Control-Allow-Origin"] in ("*", origin)
+
+
+def test_a_store_without_cors_rules_of_ours_is_refused_clearly(storage: Storage) -> None:
+    """Swift knows no rules for a bucket; a store that is not there is no exception either."""
+    with pytest.raises(StorageError):
+        storage.allow_browsers("https://stoker.test")
+    away = Storage.connect(
+        Settings(s3_endpoint="http://127.0.0.1:9", s3_access_key="a", s3_secret_key=Secret("b"))
+    )
+    assert "could not be asked" in (away.fault_for_browsers("https://stoker.test") or "")
+
+
+def test_our_cors_rule_is_added_to_those_that_are_there() -> None:
+    """Over S3's wire format, as AWS and R2 take it; an older rule of ours is replaced."""
+    client = boto3.client("s3", aws_access_key_id="a", aws_secret_access_key="b")
+    theirs = {"ID": "theirs", "AllowedOrigins": ["https://a.test"], "AllowedMethods": ["GET"]}
+    ours = {
+        "ID": "stoker-pages",
+        "AllowedOrigins": ["https://stoker.test"],
+        "AllowedMethods": ["GET", "PUT", "HEAD"],
+        "AllowedHeaders": ["content-type"],
+        "MaxAgeSeconds": 3600,
+    }
+    old = {**ours, "AllowedOrigins": ["https://old.test"]}
+    with Stubber(client) as store:
+        store.add_response("get_bucket_cors", {"CORSRules": [old, theirs]}, {"Bucket": "b"})
+        wanted = {"Bucket": "b", "CORSConfiguration": {"CORSRules": [theirs, ours]}}
+        store.add_response("put_bucket_cors", {}, wanted)
+        Storage(client, "b").allow_browsers("https://stoker.test")
+        store.add_client_error("get_bucket_cors", "NoSuchCORSConfiguration", "", 404)
+        wanted = {"Bucket": "b", "CORSConfiguration": {"CORSRules": [ours]}}
+        store.add_response("put_bucket_cors", {}, wanted)
+        Storage(client, "b").allow_browsers("https://stoker.test")
+        store.assert_no_pending_responses()
