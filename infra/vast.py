@@ -29,6 +29,7 @@ from urllib3.exceptions import ConnectTimeoutError, NewConnectionError
 from vastai.api.client import VastClient, VastSession
 from vastai.api.instances import build_create_instance_payload
 
+from infra import telemetry
 from infra.provider import Account, Instance, LaunchSpec
 from state import ranking
 from state.errors import (
@@ -491,7 +492,10 @@ class VastProvider:
 
     def _ask(self, endpoint: str, send: Callable[[], _Answer]) -> _Answer:
         self._spacing.wait(endpoint, PATIENCE_S.get(endpoint, self._timeout))
-        return send()
+        with telemetry.market_call(endpoint) as call:
+            answer = send()
+            call.outcome = str(answer.status)
+        return answer
 
     def _read(
         self, endpoint: str, send: Callable[[], _Answer], *, absence_is_an_answer: bool = False

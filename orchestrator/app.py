@@ -12,6 +12,7 @@ from flask_openapi.models.server import Server
 from flask_openapi.openapi import OpenAPI
 from flask_openapi.types import ResponseDict
 
+from infra import telemetry
 from orchestrator import dashboard
 from orchestrator.agent_api import agent_api
 from orchestrator.api import problems
@@ -103,6 +104,15 @@ def _watch_requests(app: OpenAPI, metrics: Metrics) -> None:
     def begin() -> None:
         g.began = time.perf_counter()
         g.request_id = request_id(request.headers.get("X-Request-Id", ""))
+        route = request.url_rule.rule if request.url_rule else "unmatched"
+        job = (request.view_args or {}).get("job_id", "")
+        g.span = telemetry.span(f"{request.method} {route}", job=job, request_id=g.request_id)
+        g.span.__enter__()
+
+    @app.teardown_request
+    def close(error: BaseException | None) -> None:
+        if "span" in g:
+            g.pop("span").__exit__(type(error) if error else None, error, None)
 
     @app.after_request
     def end(response: Response) -> Response:

@@ -11,7 +11,7 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from infra import logs
+from infra import logs, telemetry
 from infra.wiring import services
 from orchestrator.app import create_app
 from orchestrator.checks import ready_checks
@@ -29,6 +29,7 @@ def make_app() -> Flask:
     """The WSGI application of this process."""
     logs.configure()
     have = services()
+    telemetry.trace_to(have.settings.otlp_endpoint, "stoker-web")
     live(have.store, have.clock, RECEIVER, threading.Event())
     shared = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
     return create_app(

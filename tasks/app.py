@@ -13,12 +13,14 @@ import threading
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from functools import cache
+from typing import Any
+from urllib.parse import urlsplit
 
 import structlog
-from celery import Celery
+from celery import Celery, Task
 from celery.signals import setup_logging, worker_ready, worker_shutting_down
 
-from infra import guard, logs
+from infra import guard, logs, telemetry
 from infra.wiring import Services, services
 from state import policy
 from state.policy import Policy
@@ -34,7 +36,18 @@ from tasks.relay import Answer, EndpointRefused, NoAnswer, Relay
 from tasks.schedule import EXPIRES_S
 from tasks.verify import Verifier
 
-app = Celery("stoker")
+
+class Told(Task):
+    """A task that is counted, and traced with its job where it has one."""
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        subjects: list[str] = args[0] if args else []
+        job = subjects[0] if len(subjects) == 1 and subjects[0].startswith("job_") else ""
+        with telemetry.task(self.name, job):
+            return super().__call__(*args, **options)
+
+
+app = Celery("stoker", task_cls=Told)
 app.config_from_object("tasks.config")
 _log = structlog.get_logger()
 
@@ -53,6 +66,9 @@ _over = threading.Event()
 @worker_ready.connect
 def _live(**_: object) -> None:
     have = services()
+    telemetry.trace_to(have.settings.otlp_endpoint, "stoker-worker")
+    if have.settings.metrics_bind:
+        telemetry.show(have.settings.metrics_bind)
     live(have.store, have.clock, "worker", _over)
 
 
@@ -125,14 +141,15 @@ def relayer() -> Relay:
 
     def post(url: str, *, headers: Mapping[str, str], body: bytes, timeout: float) -> Answer:
         try:
-            answer = guard.guarded_request(
-                "POST",
-                url,
-                headers=headers,
-                body=body,
-                timeout=timeout,
-                allow_private=have.settings.private_webhooks,
-            )
+            with telemetry.span("webhook", server=urlsplit(url).netloc):
+                answer = guard.guarded_request(
+                    "POST",
+                    url,
+                    headers=headers,
+                    body=body,
+                    timeout=timeout,
+                    allow_private=have.settings.private_webhooks,
+                )
         except guard.GuardRefused as error:
             raise EndpointRefused(str(error)) from None
         except guard.GuardError as error:

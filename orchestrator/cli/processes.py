@@ -117,9 +117,10 @@ def program(
 
 def programs(settings: Settings) -> list[Program]:
     """Web, worker and beat, as one installation runs them together."""
+    counted = metrics_env(settings)
     return [
-        program("web", web_argv(settings.bind), settings, metrics_env(settings)),
-        program("worker", worker_argv(), settings),
+        program("web", web_argv(settings.bind), settings, counted),
+        program("worker", worker_argv(), settings, counted),
         program("beat", beat_argv(), settings),
     ]
 
