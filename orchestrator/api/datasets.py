@@ -82,6 +82,27 @@ def renew(deps: Deps, dataset: Dataset, names: Sequence[str] | None) -> list[sch
     return uploads(deps, dataset, None if names is None else set(names))
 
 
+def announce(deps: Deps, body: schemas.DatasetIn, caller: Caller) -> schemas.NewDataset:
+    """A new dataset, and a presigned PUT for each of its files."""
+    now = deps.clock()
+    dataset = Dataset(
+        id=new_id("ds", now), owner=caller.owner, created_at=now, files=announced(body)
+    )
+    with deps.store.transaction() as tx:
+        tx.add_dataset(dataset)
+    return schemas.NewDataset(**present.dataset(dataset), uploads=uploads(deps, dataset))
+
+
+def sealed(deps: Deps, waker: Waker, dataset_id: str, caller: Caller) -> Dataset:
+    """Ends the uploads and has the zip built; again changes nothing. Raises: NotFound."""
+    with deps.store.transaction() as tx:
+        dataset = visible(tx, dataset_id, caller)
+        dataset = record.seal(tx, dataset.id, deps.clock())
+    if dataset.status is DatasetStatus.BUILDING:
+        waker(dataset.id, ["build"])
+    return dataset
+
+
 def datasets(deps: Deps, waker: Waker) -> APIBlueprint:
     api = APIBlueprint(
         "datasets",
@@ -95,17 +116,8 @@ def datasets(deps: Deps, waker: Waker) -> APIBlueprint:
     @api.post("", operation_id="create_dataset", responses={"201": schemas.NewDataset})
     def create(body: schemas.DatasetIn) -> Response:
         """Announce photographs, or one zip; the answer says where to PUT them"""
-        now = deps.clock()
-        dataset = Dataset(
-            id=new_id("ds", now),
-            owner=auth.caller().owner,
-            created_at=now,
-            files=announced(body),
-        )
-        with deps.store.transaction() as tx:
-            tx.add_dataset(dataset)
-        shown = schemas.NewDataset(**present.dataset(dataset), uploads=uploads(deps, dataset))
-        return present.answer(shown, 201, {"Location": f"/v1/datasets/{dataset.id}"})
+        shown = announce(deps, body, auth.caller())
+        return present.answer(shown, 201, {"Location": f"/v1/datasets/{shown.id}"})
 
     @api.get("/<dataset_id>", operation_id="get_dataset", responses={"200": schemas.Dataset})
     def show(path: schemas.DatasetPath) -> Response:
@@ -126,11 +138,7 @@ def datasets(deps: Deps, waker: Waker) -> APIBlueprint:
     @api.post("/<dataset_id>/seal", operation_id="seal_dataset", responses={"202": schemas.Dataset})
     def seal(path: schemas.DatasetPath) -> Response:
         """No more uploads: check the images and build the zip"""
-        with deps.store.transaction() as tx:
-            dataset = visible(tx, path.dataset_id, auth.caller())
-            dataset = record.seal(tx, dataset.id, deps.clock())
-        if dataset.status is DatasetStatus.BUILDING:
-            waker(dataset.id, ["build"])
+        dataset = sealed(deps, waker, path.dataset_id, auth.caller())
         return present.answer(schemas.Dataset(**present.dataset(dataset)), 202)
 
     return api
