@@ -22,7 +22,7 @@ from celery.signals import setup_logging, worker_ready, worker_shutting_down
 
 from infra import guard, logs, telemetry
 from infra.wiring import Services, services
-from state import policy
+from state import policy, usual
 from state.policy import Policy
 from tasks import reconcile as passes
 from tasks import rounds
@@ -90,6 +90,7 @@ _NAMES: Mapping[str, str] = {
     "verify": "verify_weights",
     "relay": "relay",
     "sweep": "sweep",
+    "measure": "measure",
     "cleanup": "cleanup",
 }
 
@@ -219,6 +220,13 @@ def reconcile() -> None:
 @app.task(name="sweep")
 def sweep(_: Sequence[str] = ()) -> None:
     sweep_account(keeper(), services().settings.deployment)
+
+
+@app.task(name="measure")
+def measure(_: Sequence[str] = ()) -> None:
+    have = services()
+    with have.store.transaction() as tx:
+        usual.keep(tx, usual.measure(tx), have.clock())
 
 
 @app.task(name="cleanup")

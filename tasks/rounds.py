@@ -11,6 +11,7 @@ from state.store import Store
 #: How often each comes.
 EVERY: Mapping[str, timedelta] = {
     "sweep": timedelta(seconds=30),
+    "measure": timedelta(minutes=5),
     "cleanup": timedelta(hours=1),
 }
 
