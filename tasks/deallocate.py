@@ -7,7 +7,7 @@ nothing: every lease keeps its status and is looked at again.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -110,7 +110,8 @@ class Keeper:
         """Why a lease ended: the job's money, if that made it shorter than leases are."""
         if lease.expires_at - lease.created_at >= self.rules.lease:
             return Reason(code="lease.ended", message="its machine was rented for no longer")
-        remaining = money.left(job, tx.spend_of(job.id), tx.leases_of(job.id), self.clock())
+        leases, now = tx.leases_of(job.id), self.clock()
+        remaining = money.left(job, money.closed(leases, now), leases, now)
         return money.used_up(job, job.request.max_cost - remaining)
 
     def _judged(self, tx: Transaction, lease_id: str) -> Lease | None:
@@ -334,6 +335,10 @@ class Swept:
     sights: tuple[Sight, ...] = ()
 
 
+#: What no open lease is for; of so many at most the last sweep is remembered.
+_STRANGE, SHOWN = frozenset({"foreign", "suspect", "destroyed"}), 20
+
+
 def sweep(keeper: Keeper, deployment: str, *, dry_run: bool = False) -> Swept:
     """Compare the account with our leases, once; and see what credit it has.
 
@@ -379,7 +384,13 @@ def sweep(keeper: Keeper, deployment: str, *, dry_run: bool = False) -> Swept:
     lost = () if doubtful else tuple(_lost(keeper, leases, listed, now, credit))
     with keeper.store.transaction() as tx:
         suspects = [item.id for item in unowned]
-        tx.beat(brakes.SWEEP, now, {"suspects": suspects, "seen": len(listed), "doubts": doubts})
+        strangers = [item for item in swept.sights if item.verdict in _STRANGE]
+        foreign = len(listed) - len(ours)
+        counts = {"seen": len(listed), "ours": len(ours), "foreign": foreign, "doubts": doubts}
+        # Ours without a lease before others'.
+        strangers.sort(key=lambda item: item.verdict == "foreign")
+        shown = [asdict(item) for item in strangers[:SHOWN]]
+        tx.beat(brakes.SWEEP, now, {"suspects": suspects, "strangers": shown, **counts})
     return replace(swept, lost=lost)
 
 

@@ -1,4 +1,7 @@
-"""`/v1/alarms`: what an operator must know of now. Only for keys with the scope `operator`."""
+"""What operators ask, beside `/v1/hosts`: alarms, instances, money, sweeps, offers.
+
+Only for keys with the scope `operator`. Each part has a plain function that a page may call, too.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from flask import Response
 from flask_openapi.blueprint import APIBlueprint
 from flask_openapi.models.tag import Tag
 
-from orchestrator.api import auth, present, schemas
+from orchestrator.api import account, auth, instances, present, schemas, spend
 from orchestrator.deps import Deps
 from state import alarms
 
@@ -15,14 +18,16 @@ def operators(deps: Deps) -> APIBlueprint:
     api = APIBlueprint(
         "operators",
         __name__,
-        url_prefix="/v1/alarms",
+        url_prefix="/v1",
         abp_tags=[Tag(name="operators")],
         abp_security=[{"key": []}],
     )
     api.before_request(lambda: auth.admit_operator(deps.store))
+    for part in (instances, spend, account):
+        part.register(api, deps)
 
-    @api.get("", operation_id="list_alarms", responses={"200": schemas.Alarms})
-    def show() -> Response:
+    @api.get("/alarms", operation_id="list_alarms", responses={"200": schemas.Alarms})
+    def list_alarms() -> Response:
         """What needs an operator now, the critical first"""
         settings = deps.settings
         with deps.store.transaction() as tx:
