@@ -21,7 +21,7 @@ from orchestrator.waker import Waker
 from orchestrator.webhook import read_body, signed_headers, stale
 from state import boot, policy, record
 from state.errors import AttemptOver, IllegalMove, NotFound, StokerError, TokenRefused
-from state.events import Secret
+from state.events import Event, Secret
 from state.job import Job, Reason
 from state.store import Transaction
 from tasks.verify import attempt_key
@@ -39,7 +39,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Kept:
+class Kept:
     """A file of an uploaded checkpoint: its name for the agent, and where it lies."""
 
     name: str
@@ -217,7 +217,7 @@ class Doorkeeper:
         self._waker(job.id, record.wakes(stalled))
 
     def _downloads(
-        self, job: Job, kept: Sequence[_Kept]
+        self, job: Job, kept: Sequence[Kept]
     ) -> tuple[wire.Download, tuple[wire.Download, ...]]:
         with self._deps.store.transaction() as tx:
             dataset = _dataset_download(self._deps, tx, job)
@@ -270,7 +270,7 @@ def _dataset_download(deps: Deps, tx: Transaction, job: Job) -> wire.Download:
     )
 
 
-def _kept_download(deps: Deps, item: _Kept) -> wire.Download:
+def _kept_download(deps: Deps, item: Kept) -> wire.Download:
     return wire.Download(
         url=deps.storage.presign_get(item.key, expires_s=URL_SPAN_S),
         name=item.name,
@@ -279,8 +279,8 @@ def _kept_download(deps: Deps, item: _Kept) -> wire.Download:
     )
 
 
-def _checkpoints(tx: Transaction, job: Job) -> Iterator[tuple[_Kept, ...]]:
-    """The uploaded checkpoints of a job, the newest first.
+def checkpoints(tx: Transaction, job: Job) -> Iterator[tuple[Event, tuple[Kept, ...]]]:
+    """The uploaded checkpoints of a job, the newest first, each with the report that told of it.
 
     Only whole ones, of which the manifest went last. Each was reported by an attempt that was the
     current one then: what comes later is answered with 410 and leaves no event.
@@ -299,25 +299,31 @@ def _checkpoints(tx: Transaction, job: Job) -> Iterator[tuple[_Kept, ...]]:
             continue
         if not all(name.startswith(f"{folder}/") for name, _, _ in files):
             continue
-        yield tuple(
-            _Kept(
-                name=name, bytes=size, sha256=digest, key=attempt_key(job.id, event.attempt, name)
-            )
-            for name, size, digest in files
+        yield (
+            event,
+            tuple(
+                Kept(
+                    name=name,
+                    bytes=size,
+                    sha256=digest,
+                    key=attempt_key(job.id, event.attempt, name),
+                )
+                for name, size, digest in files
+            ),
         )
 
 
-def _offered(tx: Transaction, job: Job) -> tuple[_Kept, ...]:
+def _offered(tx: Transaction, job: Job) -> tuple[Kept, ...]:
     """The files of the checkpoints that an attempt may go on from."""
-    newest = islice(_checkpoints(tx, job), OFFERED)
-    return tuple(item for files in newest for item in files)
+    newest = islice(checkpoints(tx, job), OFFERED)
+    return tuple(item for _, files in newest for item in files)
 
 
-def _named(tx: Transaction, job: Job, names: frozenset[str]) -> list[_Kept]:
+def _named(tx: Transaction, job: Job, names: frozenset[str]) -> list[Kept]:
     """The files of checkpoints among `names`."""
     if not any(name.startswith(CHECKPOINTS) for name in names):
         return []
-    return [item for files in _checkpoints(tx, job) for item in files if item.name in names]
+    return [item for _, files in checkpoints(tx, job) for item in files if item.name in names]
 
 
 # --- files: fresh URLs ------------------------------------------------------------------------
