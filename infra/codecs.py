@@ -16,6 +16,7 @@ from sqlalchemy import Column, Table
 
 from infra import schema
 from infra.crypto import SecretBox
+from state.endpoints import Endpoint
 from state.events import (
     ApiKey,
     Artefact,
@@ -311,5 +312,8 @@ DATASETS = Codec(
 )
 ARTEFACTS = Codec(Artefact, schema.artefacts)
 API_KEYS = Codec(ApiKey, schema.api_keys, write={"scopes": sorted}, read={"scopes": frozenset})
+ENDPOINTS = Codec(
+    Endpoint, schema.webhook_endpoints, write={"events": list}, read={"events": tuple}
+)
 IDEMPOTENT = Codec(Idempotent, schema.idempotency_keys, write={"answer": _maybe(jsonb)})
 HOSTS = Codec(HostRecord, schema.hosts)

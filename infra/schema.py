@@ -135,6 +135,7 @@ Index(
     postgresql_ops={"metadata": "jsonb_path_ops"},
 )
 
+# of jobs and of endpoints
 webhook_secrets = Table(
     "webhook_secrets",
     metadata,
@@ -259,6 +260,24 @@ Index(
 # for retention only; a BRIN index costs an insert next to nothing
 Index("events_at", events.c.at, postgresql_using="brin")
 
+webhook_endpoints = Table(
+    "webhook_endpoints",
+    metadata,
+    _id("id"),
+    _id("owner"),
+    _time("created_at"),
+    _text("url"),
+    _texts("events"),
+    _text("description"),
+    _time("disabled_at", null=True),
+    _text("disabled_why"),
+    _time("heard_at", null=True),
+    _time("old_secret_until", null=True),
+    _count("owed"),
+    PrimaryKeyConstraint("id"),
+)
+Index("webhook_endpoints_owner", webhook_endpoints.c.owner, webhook_endpoints.c.id)
+
 outgoing = Table(
     "outgoing",
     metadata,
@@ -271,18 +290,41 @@ outgoing = Table(
     _text("status"),
     _count("tries"),
     _time("due_at", null=True),
+    _id("endpoint"),
+    _id("owner"),
+    _time("ended_at", null=True),
     PrimaryKeyConstraint("id"),
     _one_of("status", OutgoingStatus),
 )
-Index("outgoing_job", outgoing.c.job, outgoing.c.seq, unique=True)
-# the first row of each job that waits, without a look at the others
+Index("outgoing_job", outgoing.c.job, outgoing.c.endpoint, outgoing.c.seq, unique=True)
+# the first row of each queue that waits, without a look at the others
 Index(
     "outgoing_waiting",
     outgoing.c.job,
+    outgoing.c.endpoint,
     outgoing.c.seq,
     postgresql_where=outgoing.c.status == OutgoingStatus.WAITING.value,
 )
-Index("outgoing_created_at", outgoing.c.created_at, postgresql_using="brin")
+# pages of them, newest first
+Index("outgoing_created_at", outgoing.c.created_at, outgoing.c.id)
+Index("outgoing_owner", outgoing.c.owner, outgoing.c.created_at, outgoing.c.id)
+Index(
+    "outgoing_endpoint",
+    outgoing.c.endpoint,
+    outgoing.c.created_at,
+    outgoing.c.id,
+    postgresql_where=outgoing.c.endpoint != "",
+)
+# what did not arrive: few, and asked for by every look at the alarms
+Index(
+    "outgoing_failed",
+    outgoing.c.status,
+    outgoing.c.created_at,
+    outgoing.c.id,
+    postgresql_where=outgoing.c.status.in_(
+        [OutgoingStatus.EXHAUSTED.value, OutgoingStatus.DISABLED.value]
+    ),
+)
 
 deliveries = Table(
     "deliveries",
@@ -297,6 +339,7 @@ deliveries = Table(
     PrimaryKeyConstraint("id"),
 )
 Index("deliveries_job", deliveries.c.job, deliveries.c.tried_at)
+Index("deliveries_outgoing", deliveries.c.outgoing)
 Index("deliveries_tried_at", deliveries.c.tried_at, postgresql_using="brin")
 
 datasets = Table(

@@ -22,6 +22,7 @@ from sqlalchemy import (
     Select,
     Table,
     Text,
+    Update,
     and_,
     bindparam,
     delete,
@@ -31,6 +32,7 @@ from sqlalchemy import (
     or_,
     select,
     tuple_,
+    union_all,
     update,
 )
 from sqlalchemy.dialects.postgresql import insert
@@ -49,6 +51,7 @@ from infra.schema import (
     leases,
     outgoing,
     spend,
+    webhook_endpoints,
     webhook_secrets,
 )
 from state.events import Event, OutgoingStatus
@@ -148,7 +151,7 @@ def claim(table: Table, names: tuple[str, ...]) -> Sql:
     )
     if table is outgoing:
         first = _first_waiting()
-        is_first = and_(first.c.job == outgoing.c.job, first.c.seq == outgoing.c.seq)
+        is_first = and_(*(first.c[name] == outgoing.c[name] for name in ("job", "endpoint", "seq")))
         due = due.join(first, is_first).where(_IS_WAITING)
     taken = due.cte("taken")
     return _sql(
@@ -173,14 +176,14 @@ _HAS_ENDED = or_(*(_is(jobs.c.status, status.value) for status in sorted(TERMINA
 
 
 def _first_waiting() -> CTE:
-    """Of each job that waits, the number of its first row.
+    """Of each queue that waits, the number of its first row.
 
     One pass over the rows that wait: a dead endpoint's long queue makes it longer, whereas asking
     of each due row whether an earlier one waits would take the square of that queue.
     """
     first = func.min(outgoing.c.seq).label("seq")
-    statement = select(outgoing.c.job, first).where(_IS_WAITING).group_by(outgoing.c.job)
-    return statement.cte("first_waiting")
+    queue = (outgoing.c.job, outgoing.c.endpoint)
+    return select(*queue, first).where(_IS_WAITING).group_by(*queue).cte("first_waiting")
 
 
 @cache
@@ -227,15 +230,31 @@ def known_webhook_ids() -> Sql:
 
 @cache
 def next_outgoing() -> Sql:
-    statement = select(*codecs.OUTGOING.columns).where(
-        outgoing.c.job == bindparam("job"), _IS_WAITING
+    queue = (
+        outgoing.c.job == bindparam("job"),
+        outgoing.c.endpoint == bindparam("endpoint"),
     )
     return _sql(statement.order_by(outgoing.c.seq).limit(literal_column("1")))
 
 
+    statement = select(*codecs.OUTGOING.columns).where(*queue, _IS_WAITING)
 @cache
 def lock_name() -> Sql:
     number = func.hashtextextended(bindparam("name"), literal_column("0"))
+@cache
+def waiting_endpoints() -> Sql:
+    """The endpoints to which something of a job waits to be sent."""
+    wanted = (outgoing.c.job == bindparam("job"), _IS_WAITING)
+    return _sql(select(outgoing.c.endpoint).where(*wanted).distinct())
+
+
+@cache
+def endpoints_of_owner() -> Sql:
+    wanted = webhook_endpoints.c.owner == bindparam("owner")
+    statement = select(*codecs.ENDPOINTS.columns).where(wanted)
+    return _sql(statement.order_by(webhook_endpoints.c.id))
+
+
     return _sql(select(func.pg_advisory_xact_lock(number)))
 
 
@@ -292,6 +311,51 @@ def _holds(column: Any, text: str) -> ColumnElement[bool]:
 def attempts_over(codec: Codec[Any], when: datetime) -> Select[Any]:
     wanted = listing(codec, "created_at", "job", "number")
     wanted = wanted.join(jobs, jobs.c.id == attempts.c.job)
+def waiting_for(endpoint: str) -> Select[Any]:
+    wanted = listing(codecs.OUTGOING, "created_at", "job", "seq")
+    return wanted.where(outgoing.c.endpoint == endpoint, _IS_WAITING)
+
+
+def given_up_on(endpoint: str, now: datetime) -> Update:
+    """Whatever waits for an endpoint, disabled."""
+    waiting = update(outgoing).where(outgoing.c.endpoint == endpoint, _IS_WAITING)
+    return waiting.values(status=OutgoingStatus.DISABLED.value, due_at=None, ended_at=now)
+
+
+def outgoing_page(
+    owner: str | None,
+    job: str | None,
+    endpoint: str | None,
+    status: OutgoingStatus | None,
+    before: tuple[datetime, str] | None,
+) -> Select[Any]:
+    wanted = listing(codecs.OUTGOING, "-created_at", "-id")
+    for name, value in (("owner", owner), ("job", job), ("endpoint", endpoint)):
+        if value is not None:
+            wanted = wanted.where(outgoing.c[name] == value)
+    if endpoint:
+        # said apart, for the partial index
+        wanted = wanted.where(outgoing.c.endpoint != literal_column("''"))
+    if status is not None:
+        wanted = wanted.where(_is(outgoing.c.status, status.value))
+    if before is not None:
+        wanted = wanted.where(tuple_(outgoing.c.created_at, outgoing.c.id) < tuple_(*before))
+    return wanted
+
+
+def backlog(since: datetime) -> Select[Any]:
+    """Endpoint, status, rows and oldest time of what waits, and of what was given up lately."""
+    waits = select(
+        outgoing.c.endpoint, outgoing.c.status, func.count(), func.min(outgoing.c.created_at)
+    ).where(_IS_WAITING)
+    lost = select(
+        outgoing.c.endpoint, outgoing.c.status, func.count(), func.min(outgoing.c.ended_at)
+    ).where(_is(outgoing.c.status, OutgoingStatus.EXHAUSTED.value), outgoing.c.ended_at >= since)
+    by_endpoint = (outgoing.c.endpoint, outgoing.c.status)
+    both = union_all(waits.group_by(*by_endpoint), lost.group_by(*by_endpoint)).subquery()
+    return select(both)
+
+
     return wanted.where(~attempts.c.cleared, _HAS_ENDED, jobs.c.finished_at < when)
 
 
@@ -308,7 +372,8 @@ def leases_of_jobs(ids: Collection[str]) -> Select[Any]:
 
 
 def leases_since(when: datetime) -> Select[Any]:
-    return listing(codecs.LEASES, "created_at", "id").where(leases.c.created_at >= when)
+    wanted = listing(codecs.LEASES, "created_at", "id")
+    return wanted.where(leases.c.created_at >= when, _IS_REAL)
 
 
 def leases_between(
@@ -326,7 +391,7 @@ def offers_taken() -> Sql:
 
 
 def reserved() -> Select[Any]:
-    return select(func.sum(leases.c.reserved)).where(_IS_OPEN)
+    return select(func.sum(leases.c.reserved)).where(_IS_OPEN, _IS_REAL)
 
 
 def spent(condition: ColumnElement[bool]) -> Select[Any]:
@@ -373,13 +438,27 @@ _HISTORY: tuple[tuple[Table, str, ColumnElement[bool] | None], ...] = (
 
 
 def deletions(when: datetime) -> list[Delete]:
-    """For each table of the history, up to parameter `limit` rows of ended jobs before `when`."""
-    return [_deletion(table, table.c[at] < when, stays) for table, at, stays in _HISTORY]
+    """For each table of the history, up to parameter `limit` rows of ended jobs before `when`;
+    and those of endpoints' tests, which are of no job."""
+    return [
+        _deletion(table, table.c[at] < when, stays, of_jobs=of_jobs)
+        for of_jobs in (True, False)
+        for table, at, stays in _HISTORY
+        if of_jobs or table is not events
+    ]
 
 
-def _deletion(table: Table, old: ColumnElement[bool], stays: ColumnElement[bool] | None) -> Delete:
+def _deletion(
+    table: Table, old: ColumnElement[bool], stays: ColumnElement[bool] | None, *, of_jobs: bool
+) -> Delete:
     place: ColumnElement[Any] = literal_column(f"{table.name}.ctid")
-    chosen = select(place).join_from(table, jobs, jobs.c.id == table.c.job).where(old, _HAS_ENDED)
+    if of_jobs:
+        chosen = select(place).join_from(table, jobs, jobs.c.id == table.c.job)
+        chosen = chosen.where(old, _HAS_ENDED)
+    else:
+        # "`" comes after "_"
+        own = (table.c.job >= literal_column("'we_'"), table.c.job < literal_column("'we`'"))
+        chosen = select(place).where(old, *own)
     if stays is not None:
         chosen = chosen.where(~stays)
     chosen = chosen.limit(bindparam("limit")).with_for_update(of=table, skip_locked=True)

@@ -27,6 +27,7 @@ from infra.codecs import Codec, Row
 from infra.crypto import SecretBox
 from infra.database import STATEMENT_TIMEOUT, make_engine, outages_translated
 from infra.statements import Sql
+from state.endpoints import Backlog, Endpoint
 from state.errors import Conflict, NotFound
 from state.events import (
     ApiKey,
@@ -38,7 +39,10 @@ from state.events import (
     HostRecord,
     Idempotent,
     Outgoing,
+    OutgoingStatus,
     Secret,
+    parts_of,
+    queue_of,
 )
 from state.job import Job, JobRequest, Status
 from state.lease import Lease
@@ -288,8 +292,11 @@ class SqlTransaction:
 
     def add_job(self, job: Job, *, webhook_secrets: Sequence[Secret] = ()) -> None:
         self._insert(schema.jobs, codecs.job_to_row(job), f"job {job.id}")
+        self._seal(job.id, webhook_secrets)
+
+    def _seal(self, owner_id: str, webhook_secrets: Sequence[Secret]) -> None:
         sealed = [
-            {"job": job.id, "place": place, "sealed": self._box.seal(secret)}
+            {"job": owner_id, "place": place, "sealed": self._box.seal(secret)}
             for place, secret in enumerate(webhook_secrets)
         ]
         if sealed:
@@ -367,9 +374,14 @@ class SqlTransaction:
     def claim_due_jobs(self, now: datetime, until: datetime, limit: int) -> list[Job]:
         return self._claim_all(codecs.JOBS, now, until, limit)
 
-    def webhook_secrets(self, job_id: str) -> list[Secret]:
-        found = self._read(statements.secrets_of_job(), {"job": job_id})
+    def webhook_secrets(self, owner_id: str) -> list[Secret]:
+        found = self._read(statements.secrets_of_job(), {"job": owner_id})
         return [self._box.open(sealed) for (sealed,) in found]
+
+    def set_webhook_secrets(self, owner_id: str, secrets: Sequence[Secret]) -> None:
+        table = schema.webhook_secrets
+        self._core.execute(delete(table).where(table.c.job == owner_id))
+        self._seal(owner_id, secrets)
 
     # attempts
 
@@ -492,6 +504,30 @@ class SqlTransaction:
     # what goes out
 
     def add_outgoing(self, rows: Sequence[Outgoing]) -> None:
+    # webhook endpoints
+
+    def add_endpoint(self, endpoint: Endpoint, *, secrets: Sequence[Secret] = ()) -> None:
+        self._add(codecs.ENDPOINTS, endpoint, f"webhook endpoint {endpoint.id}")
+        self._seal(endpoint.id, secrets)
+
+    def save_endpoint(self, endpoint: Endpoint) -> None:
+        self._save(codecs.ENDPOINTS, endpoint, f"webhook endpoint {endpoint.id}")
+
+    def endpoint(self, endpoint_id: str, *, lock: bool = False) -> Endpoint:
+        what = f"webhook endpoint {endpoint_id}"
+        return self._get(codecs.ENDPOINTS, what, lock=lock, id=endpoint_id)
+
+    def endpoints(self, owner: str | None = None) -> list[Endpoint]:
+        if owner is None:
+            return self._values(codecs.ENDPOINTS, statements.listing(codecs.ENDPOINTS, "id"))
+        found = self._read(statements.endpoints_of_owner(), {"owner": owner})
+        return [codecs.ENDPOINTS.value(row) for row in found]
+
+    def delete_endpoint(self, endpoint_id: str) -> None:
+        table = schema.webhook_endpoints
+        self._core.execute(delete(table).where(table.c.id == endpoint_id))
+        self.set_webhook_secrets(endpoint_id, [])
+
         if not rows:
             return
         values = [codecs.OUTGOING.plain(row) for row in rows]
@@ -506,12 +542,47 @@ class SqlTransaction:
         what = f"outgoing webhook {outgoing_id}"
         return self._get(codecs.OUTGOING, what, lock=lock, id=outgoing_id)
 
-    def next_outgoing(self, job_id: str) -> Outgoing | None:
-        found = self._read(statements.next_outgoing(), {"job": job_id})
+    def next_outgoing(self, queue: str) -> Outgoing | None:
+        job, endpoint = parts_of(queue)
+        found = self._read(statements.next_outgoing(), {"job": job, "endpoint": endpoint})
         return codecs.OUTGOING.value(found[0]) if found else None
 
     def claim_due_outgoing(self, now: datetime, until: datetime, limit: int) -> list[str]:
-        return [job for (job,) in self._claim(schema.outgoing, ("job",), now, until, limit)]
+        found = self._claim(schema.outgoing, ("job", "endpoint"), now, until, limit)
+        return [queue_of(job, endpoint) for job, endpoint in found]
+
+    def waiting_outgoing(self, endpoint_id: str, limit: int) -> list[Outgoing]:
+        wanted = statements.waiting_for(endpoint_id)
+        return self._values(codecs.OUTGOING, wanted.limit(limit))
+
+    def disable_outgoing(self, endpoint_id: str, now: datetime) -> int:
+        return self._core.execute(statements.given_up_on(endpoint_id, now)).rowcount
+
+    def page_outgoing(
+        self,
+        *,
+        owner: str | None = None,
+        job: str | None = None,
+        endpoint: str | None = None,
+        status: OutgoingStatus | None = None,
+        before: tuple[datetime, str] | None = None,
+        limit: int = 50,
+    ) -> list[Outgoing]:
+        if not all(map(codecs.storable, (owner, job, endpoint, before and before[1]))):
+            return []
+        wanted = statements.outgoing_page(owner, job, endpoint, status, before)
+        return self._values(codecs.OUTGOING, wanted.limit(limit))
+
+    def webhook_backlog(self, since: datetime) -> list[Backlog]:
+        found = [
+            Backlog(endpoint=endpoint, status=OutgoingStatus(status), rows=rows, oldest=oldest)
+            for endpoint, status, rows, oldest in self._core.execute(statements.backlog(since))
+        ]
+        return sorted(found, key=lambda item: (item.endpoint, item.status))
+
+    def queues_of(self, job_id: str) -> list[str]:
+        found = self._read(statements.waiting_endpoints(), {"job": job_id})
+        return sorted(queue_of(job_id, endpoint) for (endpoint,) in found)
 
     def log_delivery(self, delivery: Delivery) -> None:
         self._add(codecs.DELIVERIES, delivery, "this delivery")
@@ -523,8 +594,13 @@ class SqlTransaction:
         )
 
     def list_outgoing(self, job_id: str) -> list[Outgoing]:
-        wanted = statements.listing(codecs.OUTGOING, "seq", "id")
+        wanted = statements.listing(codecs.OUTGOING, "seq", "endpoint")
         return self._values(codecs.OUTGOING, wanted.where(schema.outgoing.c.job == job_id))
+    def tries_of(self, outgoing_ids: Collection[str]) -> list[Delivery]:
+        wanted = statements.listing(codecs.DELIVERIES, "tried_at", "id")
+        ids = [name for name in outgoing_ids if codecs.storable(name)]
+        return self._values(codecs.DELIVERIES, wanted.where(schema.deliveries.c.outgoing.in_(ids)))
+
 
     # datasets and artefacts
 

@@ -60,7 +60,11 @@ class OutgoingStatus(enum.StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Outgoing(Value):
-    """A webhook owed to a customer: a row of the outbox. `id` is its webhook-id on every try."""
+    """A webhook owed to a customer: a row of the outbox. `id` is its webhook-id on every try.
+
+    There is one for each endpoint that is to be told, all with the same `seq` and payload. A test
+    is of no job: its `job` is the endpoint itself.
+    """
 
     id: str
     job: str
@@ -72,6 +76,28 @@ class Outgoing(Value):
     status: OutgoingStatus = OutgoingStatus.WAITING
     tries: int = 0
     due_at: datetime | None = None
+    #: "": the job's own webhook.
+    endpoint: str = ""
+    #: Whose job it is.
+    owner: str = ""
+    #: When it was delivered, given up, or its endpoint refused for good.
+    ended_at: datetime | None = None
+
+    @property
+    def queue(self) -> str:
+        """Those with the same go out one after the other; no queue waits for another."""
+        return queue_of(self.job, self.endpoint)
+
+
+def queue_of(job: str, endpoint: str) -> str:
+    """The name of what a job owes to an endpoint; for its own webhook, the job's id."""
+    return f"{job}/{endpoint}" if endpoint else job
+
+
+def parts_of(queue: str) -> tuple[str, str]:
+    """Job and endpoint of a queue."""
+    job, _, endpoint = queue.partition("/")
+    return job, endpoint
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,7 @@ from datetime import datetime
 from functools import partial
 from typing import Any, Generic, TypeVar
 
+from state.endpoints import Backlog, Endpoint
 from state.errors import Conflict, NotFound
 from state.events import (
     ApiKey,
@@ -33,6 +34,8 @@ from state.events import (
     Outgoing,
     OutgoingStatus,
     Secret,
+    parts_of,
+    queue_of,
 )
 from state.job import TERMINAL, Job, Status
 from state.lease import Lease
@@ -126,12 +129,15 @@ class _Data:
         self.reports: Rows[tuple[str, int, int], None] = Rows()
         self.webhook_ids: Rows[str, None] = Rows()
         self.outgoing: Rows[str, Outgoing] = Rows()
-        self.outgoing_by_job: dict[str, Rows[int, str]] = defaultdict(Rows)
+        self.outgoing_by_job: dict[str, Rows[tuple[int, str], str]] = defaultdict(Rows)
+        #: by queue
         self.waiting: dict[str, Rows[int, str]] = defaultdict(Rows)
-        #: by job: when its first waiting row is due
+        #: by queue: when its first waiting row is due
         self.next_due: DueRows[datetime | None] = DueRows(_itself)
         self.deliveries: dict[str, Rows[int, Delivery]] = defaultdict(Rows)
         self.numbers = itertools.count()
+        self.endpoints: Rows[str, Endpoint] = Rows()
+        self.endpoints_by_owner: dict[str, Rows[str, None]] = defaultdict(Rows)
         self.datasets: DueRows[Dataset] = DueRows(_due_at)
         self.artefacts: dict[str, Rows[str, Artefact]] = defaultdict(Rows)
         self.api_keys: Rows[str, ApiKey] = Rows()
@@ -363,8 +369,11 @@ class MemoryTransaction:
     def claim_due_jobs(self, now: datetime, until: datetime, limit: int) -> list[Job]:
         return [job for _, job in self._claim(self._data.jobs, now, until, limit)]
 
-    def webhook_secrets(self, job_id: str) -> list[Secret]:
-        return list(self._data.webhook_secrets.get(job_id, ()))
+    def webhook_secrets(self, owner_id: str) -> list[Secret]:
+        return list(self._data.webhook_secrets.get(owner_id, ()))
+
+    def set_webhook_secrets(self, owner_id: str, secrets: Sequence[Secret]) -> None:
+        self._put(self._data.webhook_secrets, owner_id, list(secrets))
 
     # attempts
 
@@ -465,7 +474,8 @@ class MemoryTransaction:
         return self._leases(self._data.open_leases.values())
 
     def offers_taken(self, offer_ids: Collection[str]) -> set[str]:
-        return {lease.offer_id for lease in self.open_leases()} & set(offer_ids)
+        opened = (self._data.leases[lease_id] for lease_id in self._data.open_leases.values())
+        return {lease.offer_id for lease in opened} & set(offer_ids)
 
     def _leases(self, ids: Collection[str]) -> list[Lease]:
         return self._by_age(self._data.leases[lease_id] for lease_id in ids)
@@ -518,9 +528,37 @@ class MemoryTransaction:
     def add_outgoing(self, rows: Sequence[Outgoing]) -> None:
         data = self._data
         for row in rows:
+    # webhook endpoints
+
+    def add_endpoint(self, endpoint: Endpoint, *, secrets: Sequence[Secret] = ()) -> None:
+        data = self._data
+        self._add(data.endpoints, endpoint.id, endpoint, f"webhook endpoint {endpoint.id}")
+        self._put(data.endpoints_by_owner[endpoint.owner], endpoint.id, None)
+        self.set_webhook_secrets(endpoint.id, secrets)
+
+    def save_endpoint(self, endpoint: Endpoint) -> None:
+        self.endpoint(endpoint.id)
+        self._put(self._data.endpoints, endpoint.id, endpoint)
+
+    def endpoint(self, endpoint_id: str, *, lock: bool = False) -> Endpoint:
+        return _found(self._data.endpoints, endpoint_id, f"webhook endpoint {endpoint_id}")
+
+    def endpoints(self, owner: str | None = None) -> list[Endpoint]:
+        data = self._data
+        ids = data.endpoints if owner is None else data.endpoints_by_owner.get(owner, ())
+        return [data.endpoints[endpoint_id] for endpoint_id in sorted(ids)]
+
+    def delete_endpoint(self, endpoint_id: str) -> None:
+        data = self._data
+        if endpoint_id in data.endpoints:
+            owner = data.endpoints[endpoint_id].owner
+            self._drop(data.endpoints_by_owner[owner], endpoint_id)
+        self._drop(data.endpoints, endpoint_id)
+        self._drop(data.webhook_secrets, endpoint_id)
+
             self._add(data.outgoing, row.id, row, f"outgoing webhook {row.id}")
             what = f"webhook {row.seq} of job {row.job}"
-            self._add(data.outgoing_by_job[row.job], row.seq, row.id, what)
+            self._add(data.outgoing_by_job[row.job], (row.seq, row.endpoint), row.id, what)
             self._queue(row)
 
     def save_outgoing(self, row: Outgoing) -> None:
@@ -529,35 +567,93 @@ class MemoryTransaction:
         self._queue(row)
 
     def _queue(self, row: Outgoing) -> None:
-        """Keep what is waiting for this row's job, and when the first of it is due."""
-        data = self._data
-        waiting = data.waiting[row.job]
+        """Keep what is waiting in this row's queue, and when the first of it is due."""
+        data, queue = self._data, row.queue
+        waiting = data.waiting[queue]
         if row.status is OutgoingStatus.WAITING:
             self._put(waiting, row.seq, row.id)
         else:
             self._drop(waiting, row.seq)
-        first = self.next_outgoing(row.job)
+        first = self.next_outgoing(queue)
         if first is None:
-            self._drop(data.next_due, row.job)
+            self._drop(data.next_due, queue)
         else:
-            self._put(data.next_due, row.job, first.due_at)
+            self._put(data.next_due, queue, first.due_at)
 
     def outgoing(self, outgoing_id: str, *, lock: bool = False) -> Outgoing:
         return _found(self._data.outgoing, outgoing_id, f"outgoing webhook {outgoing_id}")
 
-    def next_outgoing(self, job_id: str) -> Outgoing | None:
-        waiting = self._data.waiting.get(job_id)
+    def next_outgoing(self, queue: str) -> Outgoing | None:
+        waiting = self._data.waiting.get(queue)
         return self._data.outgoing[waiting[min(waiting)]] if waiting else None
 
     def claim_due_outgoing(self, now: datetime, until: datetime, limit: int) -> list[str]:
-        jobs = self._data.next_due.take(now, limit)
-        for job in jobs:
-            first = self.next_outgoing(job)
+        queues = self._data.next_due.take(now, limit)
+        for queue in queues:
+            first = self.next_outgoing(queue)
             if first is not None:
                 self.save_outgoing(first.evolve(due_at=until))
                 if first.due_at == until:
-                    self._data.next_due.push(job, until)
-        return jobs
+                    self._data.next_due.push(queue, until)
+        return queues
+
+    def queues_of(self, job_id: str) -> list[str]:
+        data = self._data
+        endpoints = {endpoint for _, endpoint in data.outgoing_by_job.get(job_id, ())}
+        queues = sorted(queue_of(job_id, endpoint) for endpoint in endpoints)
+        return [queue for queue in queues if data.waiting.get(queue)]
+
+    def waiting_outgoing(self, endpoint_id: str, limit: int) -> list[Outgoing]:
+        data = self._data
+        ids = (
+            name
+            for queue, rows in data.waiting.items()
+            if parts_of(queue)[1] == endpoint_id
+            for name in rows.values()
+        )
+        waiting = [data.outgoing[name] for name in ids]
+        return sorted(waiting, key=lambda row: (row.created_at, row.job, row.seq))[:limit]
+
+    def disable_outgoing(self, endpoint_id: str, now: datetime) -> int:
+        waiting = self.waiting_outgoing(endpoint_id, len(self._data.outgoing))
+        for row in waiting:
+            self.save_outgoing(
+                row.evolve(status=OutgoingStatus.DISABLED, due_at=None, ended_at=now)
+            )
+        return len(waiting)
+
+    def page_outgoing(
+        self,
+        *,
+        owner: str | None = None,
+        job: str | None = None,
+        endpoint: str | None = None,
+        status: OutgoingStatus | None = None,
+        before: tuple[datetime, str] | None = None,
+        limit: int = 50,
+    ) -> list[Outgoing]:
+        wanted = [
+            row
+            for row in self._data.outgoing.values()
+            if (owner is None or row.owner == owner)
+            and (job is None or row.job == job)
+            and (endpoint is None or row.endpoint == endpoint)
+            and (status is None or row.status is status)
+            and (before is None or (row.created_at, row.id) < before)
+        ]
+        return heapq.nlargest(limit, wanted, key=lambda row: (row.created_at, row.id))
+
+    def webhook_backlog(self, since: datetime) -> list[Backlog]:
+        oldest: dict[tuple[str, OutgoingStatus], list[datetime]] = defaultdict(list)
+        for row in self._data.outgoing.values():
+            if row.status is OutgoingStatus.WAITING:
+                oldest[row.endpoint, row.status].append(row.created_at)
+            elif row.status is OutgoingStatus.EXHAUSTED and row.ended_at and row.ended_at >= since:
+                oldest[row.endpoint, row.status].append(row.ended_at)
+        return [
+            Backlog(endpoint=endpoint, status=status, rows=len(times), oldest=min(times))
+            for (endpoint, status), times in sorted(oldest.items())
+        ]
 
     def log_delivery(self, delivery: Delivery) -> None:
         self._put(self._data.deliveries[delivery.job], next(self._data.numbers), delivery)
@@ -569,9 +665,20 @@ class MemoryTransaction:
 
     def list_outgoing(self, job_id: str) -> list[Outgoing]:
         of_job = self._data.outgoing_by_job.get(job_id, _NOTHING)
-        return [self._data.outgoing[of_job[seq]] for seq in sorted(of_job)]
+        return [self._data.outgoing[of_job[key]] for key in sorted(of_job)]
 
     # datasets and artefacts
+    def tries_of(self, outgoing_ids: Collection[str]) -> list[Delivery]:
+        data, wanted = self._data, set(outgoing_ids)
+        jobs = {data.outgoing[name].job for name in wanted if name in data.outgoing}
+        tries = sorted(
+            (item.tried_at, number, item)
+            for job in jobs
+            for number, item in data.deliveries.get(job, _NOTHING).items()
+            if item.outgoing in wanted
+        )
+        return [item for *_, item in tries]
+
 
     def add_dataset(self, dataset: Dataset) -> None:
         self._add(self._data.datasets, dataset.id, dataset, f"dataset {dataset.id}")
@@ -724,6 +831,8 @@ class MemoryTransaction:
                 if event.at < when:
                     yield partial(self._drop_event, event)
         for job in ended:
+        # tests of endpoints, which are of no job
+        ended += [name for name in data.outgoing_by_job if name.startswith("we_")]
             for outgoing_id in data.outgoing_by_job.get(job, _NOTHING).values():
                 row = data.outgoing[outgoing_id]
                 # what is still waiting is still owed
@@ -744,7 +853,7 @@ class MemoryTransaction:
 
     def _drop_outgoing(self, row: Outgoing) -> None:
         self._drop(self._data.outgoing, row.id)
-        self._drop(self._data.outgoing_by_job[row.job], row.seq)
+        self._drop(self._data.outgoing_by_job[row.job], (row.seq, row.endpoint))
 
 
 _NOTHING: Rows[Any, Any] = Rows()

@@ -16,6 +16,7 @@ from typing import Any
 
 from gpu_agent.wire import Fact, Order, Report
 from state import hosts, machine, policy, progress
+from state.endpoints import Endpoint
 from state.errors import AttemptOver, Conflict, IllegalMove, NotFound, TokenRefused
 from state.events import (
     Attempt,
@@ -91,6 +92,7 @@ class _Pen:
         self.jobs: dict[str, Job] = {}
         self._events: list[Event] = []
         self._outgoing: list[Outgoing] = []
+        self._endpoints: dict[str, list[Endpoint]] = {}
         self._wake: dict[str, set[str]] = {}
 
     def woken(self, job_id: str) -> tuple[str, ...]:
@@ -120,8 +122,9 @@ class _Pen:
         return job
 
     def owe(self, job: Job, kind: str, data: Mapping[str, Any]) -> Job:
-        """Promise the customer a webhook; due at once."""
-        if not job.request.webhook_url:
+        """Promise the customer a webhook, at each place that is to be told; due at once."""
+        takers = self._takers(job, kind)
+        if not takers:
             return job
         job = job.evolve(owed=job.owed + 1)
         payload = {
@@ -136,21 +139,36 @@ class _Pen:
                 **data,
             },
         }
-        self._outgoing.append(
-            Outgoing(
-                id=f"{job.id}.{job.owed}",
-                job=job.id,
-                seq=job.owed,
-                type=kind,
-                created_at=self.now,
-                payload=payload,
-                due_at=self.now,
+        for endpoint, due_at in takers:
+            self._outgoing.append(
+                Outgoing(
+                    id=f"{job.id}.{job.owed}.{endpoint}" if endpoint else f"{job.id}.{job.owed}",
+                    job=job.id,
+                    seq=job.owed,
+                    type=kind,
+                    created_at=self.now,
+                    payload=payload,
+                    due_at=due_at,
+                    endpoint=endpoint,
+                    owner=job.owner,
+                )
             )
-        )
         self.wake(job, "relay")
         return job
 
     def passed(self, job: Job, transitions: Iterable[Transition]) -> Job:
+    def _takers(self, job: Job, kind: str) -> list[tuple[str, datetime]]:
+        """The endpoints to be told ("": the job's own webhook), and when that is due."""
+        takers = [("", self.now)] if job.request.webhook_url else []
+        known = self._endpoints.get(job.owner)
+        if known is None:
+            # once for all that this transaction owes the owner
+            known = self._endpoints[job.owner] = self.tx.endpoints(job.owner)
+        for endpoint in known:
+            if endpoint.takes(kind, self.now):
+                takers.append((endpoint.id, endpoint.due(self.now)))
+        return takers
+
         """Record transitions, owe their webhooks, set the new state's deadline."""
         final = job
         for step in transitions:
@@ -170,7 +188,7 @@ class _Pen:
         return job
 
     def _entered(self, job: Job, target: Status) -> Job:
-        span = self.rules.deadlines.get(target)
+        span = policy.for_job(job, self.rules).deadlines.get(target)
         job = job.evolve(deadline_at=self.now + span if span else None)
         if target is Status.PENDING_GPU:
             self.wake(job, "allocate")
@@ -187,7 +205,7 @@ class _Pen:
                 self.let_go(lease, why)
                 self.wake(job, "deallocate")
                 if why == LOST_RACE and lease.machine_id:
-                    self.tx.save_host(hosts.outrun(_host(self.tx, lease), lease, self.now))
+                    self.remember(lease, hosts.outrun(_host(self.tx, lease), lease, self.now))
 
     def let_go(self, lease: Lease, why: str) -> None:
         """This machine must go."""
@@ -217,7 +235,7 @@ class _Pen:
         """Remember what happened on a machine, if it says something against that machine."""
         if not _blames_host(reason) or not lease.machine_id:
             return job
-        self.tx.save_host(hosts.failed(_host(self.tx, lease), lease, job, reason, self.now))
+        self.remember(lease, hosts.failed(_host(self.tx, lease), lease, job, reason, self.now))
         others = (item for item in job.excluded_machines if item != lease.machine_id)
         return job.evolve(excluded_machines=(*others, lease.machine_id))
 
@@ -330,7 +348,8 @@ def _relay_progress(pen: _Pen, job: Job) -> Job:
         return job
     percent = 100 * step // total
     last = job.progress.get("relayed", {})
-    soon = pen.now.timestamp() - last.get("at", 0.0) < pen.rules.progress_pause.total_seconds()
+    pause = policy.for_job(job, pen.rules).progress_pause
+    soon = pen.now.timestamp() - last.get("at", 0.0) < pause.total_seconds()
     if soon or percent == last.get("percent"):
         return job
     relayed = {"at": pen.now.timestamp(), "percent": percent}
@@ -565,7 +584,7 @@ def verified(
     job = pen.passed(job, steps)
     lease = next(iter(_machines_of(tx, job)), None)
     if job.status is Status.COMPLETED and lease is not None:
-        tx.save_host(hosts.finished(_host(tx, lease), lease, job, now))
+        pen.remember(lease, hosts.finished(_host(tx, lease), lease, job, now))
     pen.flush([job])
     return job
 

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 from datetime import datetime
 from typing import Any, Protocol
 
+from state.endpoints import Backlog, Endpoint
 from state.events import (
     ApiKey,
     Artefact,
@@ -22,6 +23,7 @@ from state.events import (
     HostRecord,
     Idempotent,
     Outgoing,
+    OutgoingStatus,
     Secret,
 )
 from state.job import Job, Status
@@ -66,8 +68,11 @@ class Transaction(Protocol):
         """Jobs with `due_at <= now`, oldest due first; their stored `due_at` becomes `until`,
         so that no other worker takes them meanwhile (values returned show the new `due_at`)."""
 
-    def webhook_secrets(self, job_id: str) -> list[Secret]:
-        """Oldest first; empty when the job has no webhook."""
+    def webhook_secrets(self, owner_id: str) -> list[Secret]:
+        """Of a job or an endpoint, oldest first; empty when the job has no webhook."""
+
+    def set_webhook_secrets(self, owner_id: str, secrets: Sequence[Secret]) -> None:
+        """In place of those that were there. Encrypted at rest."""
 
     # attempts
     def add_attempt(self, attempt: Attempt) -> None: ...
@@ -134,19 +139,60 @@ class Transaction(Protocol):
     def add_outgoing(self, rows: Sequence[Outgoing]) -> None: ...
     def save_outgoing(self, row: Outgoing) -> None: ...
     def outgoing(self, outgoing_id: str, *, lock: bool = False) -> Outgoing:
+    # webhook endpoints
+    def add_endpoint(self, endpoint: Endpoint, *, secrets: Sequence[Secret] = ()) -> None: ...
+    def save_endpoint(self, endpoint: Endpoint) -> None: ...
+    def endpoint(self, endpoint_id: str, *, lock: bool = False) -> Endpoint:
         """Raises `NotFound`."""
 
-    def next_outgoing(self, job_id: str) -> Outgoing | None:
-        """The waiting row of this job with the smallest seq."""
+    def endpoints(self, owner: str | None = None) -> list[Endpoint]:
+        """All, or an owner's; by id, which is oldest first."""
+
+    def delete_endpoint(self, endpoint_id: str) -> None:
+        """With its secrets; what it was sent stays in the outbox."""
+
+        """Raises `NotFound`."""
+
+    def next_outgoing(self, queue: str) -> Outgoing | None:
+        """The waiting row of this queue with the smallest seq."""
+
+    def queues_of(self, job_id: str) -> list[str]:
+        """Names of the job's queues in which something waits."""
 
     def claim_due_outgoing(self, now: datetime, until: datetime, limit: int) -> list[str]:
-        """Ids of jobs whose *first* waiting row is due; that row's `due_at` becomes `until`."""
+        """Names of queues whose *first* waiting row is due; that row's `due_at` becomes `until`."""
+
+    def waiting_outgoing(self, endpoint_id: str, limit: int) -> list[Outgoing]:
+        """What waits for an endpoint, whatever its due time, oldest first."""
+
+    def disable_outgoing(self, endpoint_id: str, now: datetime) -> int:
+        """Whatever waits for an endpoint will not go out; how many rows that were."""
+
+    def page_outgoing(
+        self,
+        *,
+        owner: str | None = None,
+        job: str | None = None,
+        endpoint: str | None = None,
+        status: OutgoingStatus | None = None,
+        before: tuple[datetime, str] | None = None,
+        limit: int = 50,
+    ) -> list[Outgoing]:
+        """Newest first by (created_at, id), those below `before`."""
+
+    def webhook_backlog(self, since: datetime) -> list[Backlog]:
+        """What waits, and what was given up at `since` or later, by endpoint; of listeners
+        too."""
 
     def log_delivery(self, delivery: Delivery) -> None: ...
     def deliveries(self, job_id: str, *, limit: int = 100) -> list[Delivery]:
         """Newest first."""
 
-    def list_outgoing(self, job_id: str) -> list[Outgoing]: ...
+    def tries_of(self, outgoing_ids: Collection[str]) -> list[Delivery]:
+        """All tries at sending these rows, oldest first."""
+
+    def list_outgoing(self, job_id: str) -> list[Outgoing]:
+        """By seq, then endpoint."""
 
     # datasets and artefacts
     def add_dataset(self, dataset: Dataset) -> None: ...
@@ -203,7 +249,8 @@ class Transaction(Protocol):
 
     # retention
     def drop_events_before(self, when: datetime, limit: int) -> int:
-        """Deletes events, outgoing rows and deliveries of terminal jobs; how many rows went."""
+        """Deletes events, outgoing rows and deliveries of terminal jobs, and of tests of
+        endpoints; how many rows went."""
 
 
 class Store(Protocol):
