@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from datetime import datetime
+from collections import Counter as Counts
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
-from state import alarms, money
+from state import alarms, brakes, hosts, money, usual
+from state.events import HostRecord
 from state.job import Status
+from state.lease import Lease
 from state.money import Limits
 from state.store import Store
+from state.usual import Usual
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
@@ -97,51 +101,124 @@ class _Fleet(Collector):  # type: ignore[misc]  # prometheus_client is untyped t
         self._store, self._clock = store, clock
         self._limits, self._kill_switch = limits, kill_switch
 
-    def collect(self) -> Iterable[GaugeMetricFamily]:
+    def collect(self) -> Iterable[GaugeMetricFamily | CounterMetricFamily]:
         now = self._clock()
         with self._store.transaction() as tx:
-            counts, leases, beats = tx.count_jobs(), tx.open_leases(), tx.beats()
+            counts, leases, beats, remembered = (
+                tx.count_jobs(),
+                [lease for lease in tx.open_leases() if not lease.rehearsed],
+                tx.beats(),
+                tx.hosts(),
+            )
+            settled = tx.spend_since(datetime.min.replace(tzinfo=UTC))
             stand = alarms.standing(tx, self._limits, now, kill_switch=self._kill_switch)
-        jobs = GaugeMetricFamily("stoker_jobs", "Jobs by status.", labels=("status",))
-        for status in Status:
-            jobs.add_metric((status.value,), counts.get(status, 0))
-        yield jobs
-        opened = GaugeMetricFamily(
-            "stoker_open_leases", "Leases that may cost money, by status.", labels=("status",)
+        yield from _jobs(counts, usual.known(beats))
+        yield from _machines(leases, remembered, now)
+        yield from _money(leases, settled, brakes.credit(beats, now), now)
+        yield _gauge(
+            "stoker_beat_age_seconds",
+            "Age of each sign of life.",
+            {(name,): (now - at).total_seconds() for name, (at, _) in sorted(beats.items())},
+            ("name",),
         )
-        for kind in sorted({lease.status for lease in leases}):
-            opened.add_metric((kind.value,), sum(lease.status is kind for lease in leases))
-        yield opened
-        oldest = min((lease.created_at for lease in leases), default=now)
-        yield GaugeMetricFamily(
-            "stoker_oldest_open_lease_seconds",
-            "Age of the oldest lease that is not released.",
-            value=(now - oldest).total_seconds(),
-        )
-        releasing = [lease.releasing_at for lease in leases if lease.releasing_at]
-        yield GaugeMetricFamily(
-            "stoker_oldest_release_seconds",
-            "How long the slowest release has been under way; worth an alarm after a minute.",
-            value=(now - min(releasing, default=now)).total_seconds(),
-        )
-        ages = GaugeMetricFamily(
-            "stoker_beat_age_seconds", "Age of each sign of life.", labels=("name",)
-        )
-        for name, (at, _) in sorted(beats.items()):
-            ages.add_metric((name,), (now - at).total_seconds())
-        yield ages
-        red = GaugeMetricFamily(
+        severities = {alarm.code: alarm.severity.value for alarm in stand}
+        yield _gauge(
             "stoker_alarm",
             "1 while it stands; the runbook has an entry for each code.",
-            labels=("code", "severity"),
+            {
+                (code, severities.get(code, "")): float(code in severities)
+                for code in sorted(alarms.MENDS)
+            },
+            ("code", "severity"),
         )
-        standing = {alarm.code: alarm.severity for alarm in stand}
-        for code in sorted(alarms.MENDS):
-            severity = standing.get(code)
-            red.add_metric((code, severity.value if severity else ""), float(severity is not None))
-        yield red
+
+
+def _gauge(
+    name: str, meaning: str, values: Mapping[tuple[str, ...], float], labels: tuple[str, ...]
+) -> GaugeMetricFamily:
+    family = GaugeMetricFamily(name, meaning, labels=labels)
+    for key, value in values.items():
+        family.add_metric(key, value)
+    return family
+
+
+def _jobs(
+    counts: Mapping[Status, int], stays: Mapping[Status, Usual]
+) -> Iterator[GaugeMetricFamily]:
+    yield _gauge(
+        "stoker_jobs",
+        "Jobs by status.",
+        {(status.value,): counts.get(status, 0) for status in Status},
+        ("status",),
+    )
+    yield _gauge(
+        "stoker_status_seconds",
+        "How long jobs that ended lately stayed in each status.",
+        {
+            (status.value, quantile): seconds
+            for status, stay in stays.items()
+            for quantile, seconds in (("0.5", stay.p50), ("0.95", stay.p95))
+        },
+        ("status", "quantile"),
+    )
+
+
+def _machines(
+    leases: Sequence[Lease], remembered: Sequence[HostRecord], now: datetime
+) -> Iterator[GaugeMetricFamily]:
+    yield _gauge(
+        "stoker_open_leases",
+        "Leases that may cost money, by status.",
+        {(kind,): count for kind, count in Counts(lease.status.value for lease in leases).items()},
+        ("status",),
+    )
+    oldest = min((lease.created_at for lease in leases), default=now)
+    yield GaugeMetricFamily(
+        "stoker_oldest_open_lease_seconds",
+        "Age of the oldest lease that is not released.",
+        value=(now - oldest).total_seconds(),
+    )
+    releasing = [lease.releasing_at for lease in leases if lease.releasing_at]
+    yield GaugeMetricFamily(
+        "stoker_oldest_release_seconds",
+        "How long the slowest release has been under way; worth an alarm after a minute.",
+        value=(now - min(releasing, default=now)).total_seconds(),
+    )
+    yield _gauge(
+        "stoker_hosts",
+        "Machines that are remembered, by what is thought of them.",
+        {(name,): count for name, count in Counts(_thought(h, now) for h in remembered).items()},
+        ("standing",),
+    )
+
+
+def _thought(host: HostRecord, now: datetime) -> str:
+    if host.blocked:
+        return "blocked"
+    return "shunned" if hosts.shunned(host, now) else "good"
+
+
+def _money(
+    leases: Sequence[Lease], settled: int, credit: int | None, now: datetime
+) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
+    burn = money.burn(leases)
+    yield GaugeMetricFamily(
+        "stoker_burn_micro_usd_per_hour",
+        "What all machines cost per hour that are not being released.",
+        value=burn,
+    )
+    yield CounterMetricFamily(
+        "stoker_spent_micro_usd",
+        "What all machines cost so far; a market's bill may correct it by a little.",
+        value=settled + sum(money.spent(lease, now) for lease in leases),
+    )
+    if credit is not None:
         yield GaugeMetricFamily(
-            "stoker_burn_micro_usd_per_hour",
-            "What all machines cost per hour that are not being released.",
-            value=money.burn(leases),
+            "stoker_credit_micro_usd", "Credit on the market's account.", value=credit
         )
+        if burn:
+            yield GaugeMetricFamily(
+                "stoker_runway_seconds",
+                "How long it pays the machines that run.",
+                value=credit / burn * 3600,
+            )
