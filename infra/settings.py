@@ -60,6 +60,9 @@ class Settings:
     limits: Limits = LIMITS
     image_bytes: int = 4_000_000_000
     retention_days: float = 30.0
+    rate_reads: int = 600
+    rate_writes: int = 120
+    rate_logins: int = 10
     metrics_bind: str = ""
     otlp_endpoint: str = ""
 
@@ -239,6 +242,19 @@ GROUPS: Mapping[str, tuple[Setting, ...]] = {
         Setting(
             "STOKER_PRIVATE_BASES", "private_bases", FLAG,
             "1 lets base models come from private addresses and plain HTTP",
+        ),
+        Setting(
+            "STOKER_RATE_READS", "rate_reads", COUNT,
+            "requests per minute and API key that read; 0 is no limit, here and below. Counted in "
+            "Redis; while that does not answer nobody is limited",
+        ),
+        Setting(
+            "STOKER_RATE_WRITES", "rate_writes", COUNT,
+            "requests per minute and API key that change something",
+        ),
+        Setting(
+            "STOKER_RATE_LOGINS", "rate_logins", COUNT,
+            "failed logins to the pages per minute and address",
         ),
         Setting(
             "STOKER_METRICS_BIND", "metrics_bind", TEXT,
