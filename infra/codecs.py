@@ -304,6 +304,9 @@ OUTGOING = Codec(
     read={"status": OutgoingStatus},
 )
 DELIVERIES = Codec(Delivery, schema.deliveries)
+ENDPOINTS = Codec(
+    Endpoint, schema.webhook_endpoints, write={"events": list}, read={"events": tuple}
+)
 DATASETS = Codec(
     Dataset,
     schema.datasets,
@@ -312,8 +315,5 @@ DATASETS = Codec(
 )
 ARTEFACTS = Codec(Artefact, schema.artefacts)
 API_KEYS = Codec(ApiKey, schema.api_keys, write={"scopes": sorted}, read={"scopes": frozenset})
-ENDPOINTS = Codec(
-    Endpoint, schema.webhook_endpoints, write={"events": list}, read={"events": tuple}
-)
 IDEMPOTENT = Codec(Idempotent, schema.idempotency_keys, write={"answer": _maybe(jsonb)})
 HOSTS = Codec(HostRecord, schema.hosts)

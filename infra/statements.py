@@ -234,13 +234,10 @@ def next_outgoing() -> Sql:
         outgoing.c.job == bindparam("job"),
         outgoing.c.endpoint == bindparam("endpoint"),
     )
+    statement = select(*codecs.OUTGOING.columns).where(*queue, _IS_WAITING)
     return _sql(statement.order_by(outgoing.c.seq).limit(literal_column("1")))
 
 
-    statement = select(*codecs.OUTGOING.columns).where(*queue, _IS_WAITING)
-@cache
-def lock_name() -> Sql:
-    number = func.hashtextextended(bindparam("name"), literal_column("0"))
 @cache
 def waiting_endpoints() -> Sql:
     """The endpoints to which something of a job waits to be sent."""
@@ -255,6 +252,9 @@ def endpoints_of_owner() -> Sql:
     return _sql(statement.order_by(webhook_endpoints.c.id))
 
 
+@cache
+def lock_name() -> Sql:
+    number = func.hashtextextended(bindparam("name"), literal_column("0"))
     return _sql(select(func.pg_advisory_xact_lock(number)))
 
 
@@ -308,9 +308,6 @@ def _holds(column: Any, text: str) -> ColumnElement[bool]:
     return wanted
 
 
-def attempts_over(codec: Codec[Any], when: datetime) -> Select[Any]:
-    wanted = listing(codec, "created_at", "job", "number")
-    wanted = wanted.join(jobs, jobs.c.id == attempts.c.job)
 def waiting_for(endpoint: str) -> Select[Any]:
     wanted = listing(codecs.OUTGOING, "created_at", "job", "seq")
     return wanted.where(outgoing.c.endpoint == endpoint, _IS_WAITING)
@@ -356,6 +353,9 @@ def backlog(since: datetime) -> Select[Any]:
     return select(both)
 
 
+def attempts_over(codec: Codec[Any], when: datetime) -> Select[Any]:
+    wanted = listing(codec, "created_at", "job", "number")
+    wanted = wanted.join(jobs, jobs.c.id == attempts.c.job)
     return wanted.where(~attempts.c.cleared, _HAS_ENDED, jobs.c.finished_at < when)
 
 

@@ -501,9 +501,6 @@ class SqlTransaction:
         found = self._read(statements.known_webhook_ids(), {"ids": list(webhook_ids)})
         return {webhook_id for (webhook_id,) in found}
 
-    # what goes out
-
-    def add_outgoing(self, rows: Sequence[Outgoing]) -> None:
     # webhook endpoints
 
     def add_endpoint(self, endpoint: Endpoint, *, secrets: Sequence[Secret] = ()) -> None:
@@ -528,6 +525,9 @@ class SqlTransaction:
         self._core.execute(delete(table).where(table.c.id == endpoint_id))
         self.set_webhook_secrets(endpoint_id, [])
 
+    # what goes out
+
+    def add_outgoing(self, rows: Sequence[Outgoing]) -> None:
         if not rows:
             return
         values = [codecs.OUTGOING.plain(row) for row in rows]
@@ -546,6 +546,10 @@ class SqlTransaction:
         job, endpoint = parts_of(queue)
         found = self._read(statements.next_outgoing(), {"job": job, "endpoint": endpoint})
         return codecs.OUTGOING.value(found[0]) if found else None
+
+    def queues_of(self, job_id: str) -> list[str]:
+        found = self._read(statements.waiting_endpoints(), {"job": job_id})
+        return sorted(queue_of(job_id, endpoint) for (endpoint,) in found)
 
     def claim_due_outgoing(self, now: datetime, until: datetime, limit: int) -> list[str]:
         found = self._claim(schema.outgoing, ("job", "endpoint"), now, until, limit)
@@ -580,10 +584,6 @@ class SqlTransaction:
         ]
         return sorted(found, key=lambda item: (item.endpoint, item.status))
 
-    def queues_of(self, job_id: str) -> list[str]:
-        found = self._read(statements.waiting_endpoints(), {"job": job_id})
-        return sorted(queue_of(job_id, endpoint) for (endpoint,) in found)
-
     def log_delivery(self, delivery: Delivery) -> None:
         self._add(codecs.DELIVERIES, delivery, "this delivery")
 
@@ -593,14 +593,14 @@ class SqlTransaction:
             codecs.DELIVERIES, wanted.where(schema.deliveries.c.job == job_id).limit(limit)
         )
 
-    def list_outgoing(self, job_id: str) -> list[Outgoing]:
-        wanted = statements.listing(codecs.OUTGOING, "seq", "endpoint")
-        return self._values(codecs.OUTGOING, wanted.where(schema.outgoing.c.job == job_id))
     def tries_of(self, outgoing_ids: Collection[str]) -> list[Delivery]:
         wanted = statements.listing(codecs.DELIVERIES, "tried_at", "id")
         ids = [name for name in outgoing_ids if codecs.storable(name)]
         return self._values(codecs.DELIVERIES, wanted.where(schema.deliveries.c.outgoing.in_(ids)))
 
+    def list_outgoing(self, job_id: str) -> list[Outgoing]:
+        wanted = statements.listing(codecs.OUTGOING, "seq", "endpoint")
+        return self._values(codecs.OUTGOING, wanted.where(schema.outgoing.c.job == job_id))
 
     # datasets and artefacts
 

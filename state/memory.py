@@ -523,11 +523,6 @@ class MemoryTransaction:
     def known_reports(self, webhook_ids: Collection[str]) -> set[str]:
         return {name for name in webhook_ids if name in self._data.webhook_ids}
 
-    # what goes out
-
-    def add_outgoing(self, rows: Sequence[Outgoing]) -> None:
-        data = self._data
-        for row in rows:
     # webhook endpoints
 
     def add_endpoint(self, endpoint: Endpoint, *, secrets: Sequence[Secret] = ()) -> None:
@@ -556,6 +551,11 @@ class MemoryTransaction:
         self._drop(data.endpoints, endpoint_id)
         self._drop(data.webhook_secrets, endpoint_id)
 
+    # what goes out
+
+    def add_outgoing(self, rows: Sequence[Outgoing]) -> None:
+        data = self._data
+        for row in rows:
             self._add(data.outgoing, row.id, row, f"outgoing webhook {row.id}")
             what = f"webhook {row.seq} of job {row.job}"
             self._add(data.outgoing_by_job[row.job], (row.seq, row.endpoint), row.id, what)
@@ -663,11 +663,6 @@ class MemoryTransaction:
         newest = sorted(of_job, key=lambda number: (of_job[number].tried_at, number), reverse=True)
         return [of_job[number] for number in newest[:limit]]
 
-    def list_outgoing(self, job_id: str) -> list[Outgoing]:
-        of_job = self._data.outgoing_by_job.get(job_id, _NOTHING)
-        return [self._data.outgoing[of_job[key]] for key in sorted(of_job)]
-
-    # datasets and artefacts
     def tries_of(self, outgoing_ids: Collection[str]) -> list[Delivery]:
         data, wanted = self._data, set(outgoing_ids)
         jobs = {data.outgoing[name].job for name in wanted if name in data.outgoing}
@@ -679,6 +674,11 @@ class MemoryTransaction:
         )
         return [item for *_, item in tries]
 
+    def list_outgoing(self, job_id: str) -> list[Outgoing]:
+        of_job = self._data.outgoing_by_job.get(job_id, _NOTHING)
+        return [self._data.outgoing[of_job[key]] for key in sorted(of_job)]
+
+    # datasets and artefacts
 
     def add_dataset(self, dataset: Dataset) -> None:
         self._add(self._data.datasets, dataset.id, dataset, f"dataset {dataset.id}")
@@ -826,13 +826,13 @@ class MemoryTransaction:
         """For each row that may go, in no promised order: what lets it go."""
         data = self._data
         ended = [job for status in TERMINAL for job in data.jobs_by_status.get(status, ())]
+        # tests of endpoints, which are of no job
+        ended += [name for name in data.outgoing_by_job if name.startswith("we_")]
         for job in ended:
             for event in data.events.get(job, _NOTHING).values():
                 if event.at < when:
                     yield partial(self._drop_event, event)
         for job in ended:
-        # tests of endpoints, which are of no job
-        ended += [name for name in data.outgoing_by_job if name.startswith("we_")]
             for outgoing_id in data.outgoing_by_job.get(job, _NOTHING).values():
                 row = data.outgoing[outgoing_id]
                 # what is still waiting is still owed

@@ -156,7 +156,6 @@ class _Pen:
         self.wake(job, "relay")
         return job
 
-    def passed(self, job: Job, transitions: Iterable[Transition]) -> Job:
     def _takers(self, job: Job, kind: str) -> list[tuple[str, datetime]]:
         """The endpoints to be told ("": the job's own webhook), and when that is due."""
         takers = [("", self.now)] if job.request.webhook_url else []
@@ -169,6 +168,7 @@ class _Pen:
                 takers.append((endpoint.id, endpoint.due(self.now)))
         return takers
 
+    def passed(self, job: Job, transitions: Iterable[Transition]) -> Job:
         """Record transitions, owe their webhooks, set the new state's deadline."""
         final = job
         for step in transitions:

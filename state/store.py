@@ -135,10 +135,6 @@ class Transaction(Protocol):
     def known_reports(self, webhook_ids: Collection[str]) -> set[str]:
         """Those of `webhook_ids` that are stored already."""
 
-    # what goes out
-    def add_outgoing(self, rows: Sequence[Outgoing]) -> None: ...
-    def save_outgoing(self, row: Outgoing) -> None: ...
-    def outgoing(self, outgoing_id: str, *, lock: bool = False) -> Outgoing:
     # webhook endpoints
     def add_endpoint(self, endpoint: Endpoint, *, secrets: Sequence[Secret] = ()) -> None: ...
     def save_endpoint(self, endpoint: Endpoint) -> None: ...
@@ -151,6 +147,10 @@ class Transaction(Protocol):
     def delete_endpoint(self, endpoint_id: str) -> None:
         """With its secrets; what it was sent stays in the outbox."""
 
+    # what goes out
+    def add_outgoing(self, rows: Sequence[Outgoing]) -> None: ...
+    def save_outgoing(self, row: Outgoing) -> None: ...
+    def outgoing(self, outgoing_id: str, *, lock: bool = False) -> Outgoing:
         """Raises `NotFound`."""
 
     def next_outgoing(self, queue: str) -> Outgoing | None:
