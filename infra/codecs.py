@@ -32,6 +32,7 @@ from state.events import (
 )
 from state.job import GpuNeeds, Job, JobRequest, Reason, Status
 from state.lease import Lease, LeaseStatus
+from state.rehearsal import Rehearsal
 
 T = TypeVar("T")
 Row = dict[str, Any]
@@ -162,13 +163,20 @@ def _maybe(convert: Convert) -> Convert:
 
 
 def _request_to_json(request: JobRequest) -> Jsonb:
-    return jsonb({**vars(request), "gpu": vars(request.gpu)})
+    plain = {**vars(request), "gpu": vars(request.gpu)}
+    del plain["rehearsal"]
+    if request.rehearsal is not None:
+        plain["rehearsal"] = vars(request.rehearsal)
+    return jsonb(plain)
 
 
 def _request_from_json(stored: Mapping[str, Any]) -> JobRequest:
     gpu = _fields_of(GpuNeeds, stored["gpu"])
     gpu["gpu_names"] = tuple(gpu["gpu_names"])
-    return JobRequest(**{**_fields_of(JobRequest, stored), "gpu": GpuNeeds(**gpu)})
+    given = {**_fields_of(JobRequest, stored), "gpu": GpuNeeds(**gpu)}
+    if stored.get("rehearsal"):
+        given["rehearsal"] = Rehearsal(**_fields_of(Rehearsal, stored["rehearsal"]))
+    return JobRequest(**given)
 
 
 def _fields_of(kind: type[Any], stored: Mapping[str, Any]) -> Row:

@@ -54,6 +54,7 @@ from infra.schema import (
     webhook_endpoints,
     webhook_secrets,
 )
+from state import rehearsal
 from state.events import Event, OutgoingStatus
 from state.job import TERMINAL, Status
 from state.lease import LeaseStatus
@@ -172,6 +173,8 @@ def _is(column: ColumnElement[str], value: str) -> ColumnElement[bool]:
 
 _IS_WAITING = _is(outgoing.c.status, OutgoingStatus.WAITING.value)
 _IS_OPEN = leases.c.status != literal_column(f"'{LeaseStatus.RELEASED.value}'")
+#: Not of a machine that only pretends.
+_IS_REAL = ~leases.c.label.startswith(rehearsal.MARK)
 _HAS_ENDED = or_(*(_is(jobs.c.status, status.value) for status in sorted(TERMINAL)))
 
 
@@ -363,8 +366,9 @@ def job_counts() -> Select[Any]:
     return select(jobs.c.status, func.count()).group_by(jobs.c.status)
 
 
-def open_leases() -> Select[Any]:
-    return listing(codecs.LEASES, "created_at", "id").where(_IS_OPEN)
+def open_leases(*, rehearsed: bool = False) -> Select[Any]:
+    whose = ~_IS_REAL if rehearsed else _IS_REAL
+    return listing(codecs.LEASES, "created_at", "id").where(_IS_OPEN, whose)
 
 
 def leases_of_jobs(ids: Collection[str]) -> Select[Any]:

@@ -446,6 +446,9 @@ class SqlTransaction:
     def open_leases(self) -> list[Lease]:
         return self._values(codecs.LEASES, statements.open_leases())
 
+    def open_rehearsals(self) -> list[Lease]:
+        return self._values(codecs.LEASES, statements.open_leases(rehearsed=True))
+
     def offers_taken(self, offer_ids: Collection[str]) -> set[str]:
         found = self._read(statements.offers_taken(), {"ids": list(offer_ids)})
         return {offer_id for (offer_id,) in found}

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
+from state.rehearsal import Rehearsal
 from state.value import Value
 
 
@@ -76,7 +77,8 @@ class JobRequest:
     `max_cost` is micro-USD for the whole job, all attempts together.
     `interruptible` takes cheaper machines that somebody else may outbid; the training then goes
     on elsewhere from its last checkpoint. `hedge` rents a second machine when the first is slow
-    to boot; the one that is ready first gets the job.
+    to boot; the one that is ready first gets the job. `rehearsal` is set for what a test key
+    ordered: it runs on machines that only pretend, and costs nothing.
     """
 
     dataset_id: str
@@ -91,6 +93,7 @@ class JobRequest:
     hedge: bool = True
     webhook_url: str | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
+    rehearsal: Rehearsal | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Self
 
+from state import rehearsal
 from state.errors import IllegalMove
 from state.value import Value
 
@@ -129,3 +130,13 @@ class Lease(Value):
     def open(self) -> bool:
         """Whether it may still cost money."""
         return self.status is not LeaseStatus.RELEASED
+
+    @property
+    def rehearsed(self) -> bool:
+        """Whether its machine only pretends: it costs nothing, and says nothing of any host."""
+        return rehearsal.is_marked(self.label)
+
+    @property
+    def pace(self) -> float:
+        """How many seconds of its machine pass in a real one; 1 on every real machine."""
+        return rehearsal.pace_of(self.label)

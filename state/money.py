@@ -51,8 +51,8 @@ def cost(lease: Lease, now: datetime) -> Cost:
         ran_from += (lease.running_at - ran_from) / 2
     ran_until = min(lease.ended_at or gone, gone)
     return Cost(
-        gpu=_for(lease.price - lease.storage_price, ran_until - ran_from),
-        disk=_for(lease.storage_price, gone - lease.rented_at),
+        gpu=_for(lease.price - lease.storage_price, (ran_until - ran_from) * lease.pace),
+        disk=_for(lease.storage_price, (gone - lease.rented_at) * lease.pace),
         bandwidth=bandwidth(lease),
     )
 
@@ -72,7 +72,7 @@ def spent(lease: Lease, now: datetime) -> int:
 
 def worst(lease: Lease) -> int:
     """What an open lease may cost in all."""
-    return _for(lease.price, lease.expires_at - lease.created_at) + bandwidth(lease)
+    return _for(lease.price, (lease.expires_at - lease.created_at) * lease.pace) + bandwidth(lease)
 
 
 def within(lease: Lease, start: datetime, end: datetime, now: datetime) -> int:
@@ -91,6 +91,11 @@ def _for(price: int, span: timedelta) -> int:
 
 
 # --- one job's money --------------------------------------------------------------------------
+
+
+def closed(leases: Sequence[Lease], now: datetime) -> int:
+    """What those of `leases` cost that are over."""
+    return sum(spent(lease, now) for lease in leases if not lease.open)
 
 
 def left(job: Job, closed: int, leases: Sequence[Lease], now: datetime) -> int:
@@ -112,7 +117,7 @@ def span(
     """How long a machine at `price` may be held by a job with `remaining` to spend, that moves
     bytes for `moved`: the policy's span, or what is left when those `beside` it, which will be
     gone after the `race`, are paid."""
-    pays = remaining - moved - sum(_for(lease.price, race) for lease in beside)
+    pays = remaining - moved - sum(_for(lease.price, race * lease.pace) for lease in beside)
     if pays <= 0:
         return timedelta(0)
     return min(rules.lease, timedelta(hours=pays / price)) if price else rules.lease

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -44,6 +44,7 @@ class Policy:
         boot_retrying: the same for a download of the image that is tried again and again.
         last_resort: a job that found nothing for so long takes machines that failed others.
         lost: how long a host may be out of the market's sight before its agent was heard.
+        pace: for how fast a time these numbers are; see `for_job`.
     """
 
     deadlines: Mapping[Status, timedelta] = field(
@@ -83,9 +84,44 @@ class Policy:
     boot_retrying: timedelta = timedelta(minutes=2)
     last_resort: timedelta = timedelta(minutes=5)
     lost: timedelta = timedelta(minutes=2)
+    pace: float = 1.0
 
 
 DEFAULT = Policy()
+#: However fast a rehearsal's time: never less than a loaded server and its line may take.
+LEAST_SILENCE, LEAST_FROZEN = timedelta(seconds=6), timedelta(seconds=8)
+LEAST_STATE, LEAST_BOOT = timedelta(seconds=15), timedelta(seconds=2)
+LEAST_PAUSE, LEAST_NEWS = timedelta(seconds=1), timedelta(seconds=0.5)
+
+
+def for_job(job: Job, rules: Policy = DEFAULT) -> Policy:
+    """The numbers that hold for `job`: in a rehearsal all that is waited for passes faster too,
+    save the dataset, which people upload."""
+    rehearsal = job.request.rehearsal
+    if rehearsal is None or rules.pace == rehearsal.time_scale:
+        return rules
+    pace = rehearsal.time_scale
+
+    def sooner(span: timedelta, least: timedelta) -> timedelta:
+        return min(span, max(span / pace, least))
+
+    return replace(
+        rules,
+        pace=pace,
+        deadlines={
+            status: span if status is Status.PENDING else sooner(span, LEAST_STATE)
+            for status, span in rules.deadlines.items()
+        },
+        silence=sooner(rules.silence, LEAST_SILENCE),
+        retry_delays=tuple(sooner(span, LEAST_PAUSE) for span in rules.retry_delays),
+        offer_pause=sooner(rules.offer_pause, LEAST_PAUSE),
+        progress_pause=sooner(rules.progress_pause, LEAST_NEWS),
+        hedge_least=sooner(rules.hedge_least, LEAST_BOOT),
+        hedge_factor=rules.hedge_factor / pace,
+        frozen={status: sooner(span, LEAST_FROZEN) for status, span in rules.frozen.items()},
+    )
+
+
 #: Processes give a sign of life at least so often; a longer gap is a break.
 LIFE_GAP = timedelta(seconds=20)
 #: After a break agents try again at most so much later: their longest pause, and a fifth of it.
@@ -128,6 +164,7 @@ def decide(
     """
     if job.terminal:
         return Decision(step=Step.WAIT)
+    policy = for_job(job, policy)
     if job.status is Status.STALLED:
         if job.retry_at is not None and now >= job.retry_at:
             return Decision(step=Step.RETRY)
@@ -162,6 +199,7 @@ def silent_from(job: Job, policy: Policy = DEFAULT, since: datetime = ALWAYS) ->
     """When the agent counts as silent; never while the server itself verifies its upload."""
     if not job.active or job.last_heard_at is None or to_verify(job):
         return None
+    policy = for_job(job, policy)
     if since <= job.last_heard_at:
         return job.last_heard_at + policy.silence
     # Whoever met a closed door comes back later the longer it was closed.
@@ -180,7 +218,7 @@ def frozen_from(job: Job, policy: Policy = DEFAULT, since: datetime = ALWAYS) ->
 
 def frozen_after(job: Job, policy: Policy = DEFAULT) -> timedelta | None:
     """How long the job may stand still in its present state; None for as long as it likes."""
-    limit = policy.frozen.get(job.status)
+    limit = for_job(job, policy).frozen.get(job.status)
     step_s = progress.step_s(job)
     if limit is None or job.status is not Status.TRAINING or step_s is None:
         return limit
@@ -280,5 +318,5 @@ def retry_at(job: Job, reason: Reason, now: datetime, policy: Policy = DEFAULT) 
     """When the next attempt comes after `reason`; None when there will be none."""
     if not reason.retryable or not job.dataset_ready or last_try(job):
         return None
-    delays = policy.retry_delays
+    delays = for_job(job, policy).retry_delays
     return now + delays[min(job.attempt, len(delays)) - 1]

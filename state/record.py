@@ -135,6 +135,7 @@ class _Pen:
                 "seq": job.owed,
                 "status": str(job.status),
                 "attempt": job.attempt,
+                "livemode": job.request.rehearsal is None,
                 "metadata": dict(job.request.metadata),
                 **data,
             },
@@ -238,6 +239,11 @@ class _Pen:
         self.remember(lease, hosts.failed(_host(self.tx, lease), lease, job, reason, self.now))
         others = (item for item in job.excluded_machines if item != lease.machine_id)
         return job.evolve(excluded_machines=(*others, lease.machine_id))
+
+    def remember(self, lease: Lease, host: HostRecord) -> None:
+        """Keep what is known of the lease's machine by now, if there is one."""
+        if not lease.rehearsed:
+            self.tx.save_host(host)
 
     def flush(self, jobs: Iterable[Job]) -> None:
         self.tx.save_jobs(list(jobs))

@@ -31,6 +31,7 @@ def hedged_from(job: Job, lease: Lease, rules: Policy = policy.DEFAULT) -> datet
     may = job.request.hedge and lease.attempt == job.attempt
     if not may or lease.status is not LeaseStatus.RENTED or lease.rented_at is None:
         return None
+    rules = policy.for_job(job, rules)
     expected = timedelta(seconds=lease.boot_s * rules.hedge_factor)
     return lease.rented_at + max(rules.hedge_least, expected)
 
@@ -52,8 +53,9 @@ def settled(lease: Lease, now: datetime, rules: Policy = policy.DEFAULT) -> bool
 
 def is_proof(lease: Lease, now: datetime, rules: Policy = policy.DEFAULT) -> bool:
     """Whether the absence of its instance from lists says that it is gone: one showed it before,
-    or its agent was heard and lists had the time to catch up, or it is `settled`."""
-    if lease.seen_at is not None:
+    or its agent was heard and lists had the time to catch up, or it is `settled`. The list of
+    machines that pretend lags behind nothing."""
+    if lease.seen_at is not None or lease.rehearsed:
         return True
     heard = lease.running_at is not None or lease.ready_at is not None
     caught_up = lease.rented_at is not None and now - lease.rented_at >= LIST_LAG

@@ -100,6 +100,7 @@ class Transaction(Protocol):
         """For each of `ids`, its leases, oldest first."""
 
     def lease_by_token(self, token_hash: str, *, lock: bool = False) -> Lease | None: ...
+    # Only of real machines, as is all that counts money: what is rehearsed costs none.
     def leases_since(self, when: datetime) -> list[Lease]:
         """Created at `when` or later, oldest first."""
 
@@ -115,6 +116,9 @@ class Transaction(Protocol):
         behind `after`, the last one's `created_at` and id."""
 
     def open_leases(self) -> list[Lease]: ...
+    def open_rehearsals(self) -> list[Lease]:
+        """Open leases of machines that only pretend."""
+
     def offers_taken(self, offer_ids: Collection[str]) -> set[str]:
         """Those of these offers that an open lease is for."""
 
