@@ -456,7 +456,7 @@ class MemoryTransaction:
             if lease.created_at < when:
                 break
             found.append(lease)
-        return self._by_age(found)
+        return self._by_age(lease for lease in found if not lease.rehearsed)
 
     def leases_between(
         self,
@@ -471,7 +471,12 @@ class MemoryTransaction:
         return list(itertools.islice(behind, limit))
 
     def open_leases(self) -> list[Lease]:
-        return self._leases(self._data.open_leases.values())
+        opened = self._leases(self._data.open_leases.values())
+        return [lease for lease in opened if not lease.rehearsed]
+
+    def open_rehearsals(self) -> list[Lease]:
+        opened = self._leases(self._data.open_leases.values())
+        return [lease for lease in opened if lease.rehearsed]
 
     def offers_taken(self, offer_ids: Collection[str]) -> set[str]:
         opened = (self._data.leases[lease_id] for lease_id in self._data.open_leases.values())
