@@ -359,6 +359,11 @@ def _file(item: object) -> tuple[str, int, str]:
     return name, size, sha256
 
 
+def uploaded(said: Mapping[str, Any]) -> tuple[str, int, str]:
+    """Name, bytes and SHA-256 of the file that a report says is in storage. Raises: Refusal 422."""
+    return _file(dict(said))
+
+
 def _is_gettable(what: object) -> bool:
     return isinstance(what, str) and (
         what in ("dataset", "base")

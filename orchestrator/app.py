@@ -13,13 +13,14 @@ from flask_openapi.openapi import OpenAPI
 from flask_openapi.types import ResponseDict
 
 from infra import telemetry
-from orchestrator import dashboard
+from orchestrator import dashboard, streams
 from orchestrator.agent_api import agent_api
 from orchestrator.api import problems
 from orchestrator.api.datasets import datasets
 from orchestrator.api.hosts import hosts
 from orchestrator.api.jobs import jobs
 from orchestrator.api.operators import operators
+from orchestrator.api.reads import reads
 from orchestrator.attempt_auth import AttemptAuth
 from orchestrator.deps import Deps
 from orchestrator.health import health
@@ -74,8 +75,10 @@ def create_app(deps: Deps) -> OpenAPI:
     auth = AttemptAuth(deps.store, deps.clock)
     problems.install(app)
     _watch_requests(app, metrics)
+    streams.install(app, deps)
     app.register_api(datasets(deps, waker))
     app.register_api(jobs(deps, waker))
+    app.register_api(reads(deps))
     app.register_api(hosts(deps))
     app.register_api(operators(deps))
     app.register_blueprint(agent_api(deps, auth, waker))

@@ -383,10 +383,7 @@ def jobs(deps: Deps, waker: Waker) -> APIBlueprint:
         with deps.store.transaction() as tx:
             job = visible(tx, path.job_id, auth.caller())
             found = downloadable(tx, job, path.name)
-        url = deps.storage.presign_get(found.key, expires_s=DOWNLOAD_SPAN_S)
-        response = Response(status=302, headers={"Location": url, "Cache-Control": "no-store"})
-        response.autocorrect_location_header = False  # a signed URL goes out as it is
-        return response
+        return present.redirect(deps.storage.presign_get(found.key, expires_s=DOWNLOAD_SPAN_S))
 
     @api.get(
         "/<job_id>/attempts", operation_id="list_attempts", responses={"200": schemas.Attempts}

@@ -201,6 +201,19 @@ def delivery(value: Outgoing, tries: Iterable[Delivery]) -> schemas.Delivery:
     )
 
 
+def redirect(url: str) -> Response:
+    """To a signed URL, which goes out as it is, and is kept by nobody."""
+    response = Response(status=302, headers={"Location": url, "Cache-Control": "no-store"})
+    response.autocorrect_location_header = False
+    return response
+
+
+def quoted(job: Job) -> int | None:
+    """Micro-USD that the whole job was expected to cost when its machine was rented."""
+    found = job.progress.get("quoted")
+    return found if type(found) is int else None
+
+
 def answer(
     value: schemas.Out, status: int = 200, headers: Mapping[str, str] | None = None
 ) -> Response:
