@@ -3,6 +3,7 @@
 A report waits for its commit, and a thread per waiting report would cost more than the report.
 So reports are read and answered on the loop, and handed to the committer's thread in between.
 Flask keeps its threads, and however slow one of its requests is, reports do not queue behind it.
+Live streams are followed on the loop, too (see `orchestrator.streams`).
 
 `granian --interface rsgi --factory orchestrator.wsgi:make_server`
 """
@@ -11,11 +12,13 @@ from __future__ import annotations
 
 import asyncio
 import io
+import signal
 import sys
 from collections import deque
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any, Protocol
 from urllib.parse import unquote_to_bytes
 
@@ -25,6 +28,7 @@ from granian.rsgi import ProtocolClosed, ProtocolError
 from gpu_agent import wire
 from orchestrator.api.problems import Refusal
 from orchestrator.app import MAX_BODY
+from orchestrator.streams import Feed, Hub
 from orchestrator.webhook import (
     Call,
     WsgiReceiver,
@@ -35,7 +39,7 @@ from orchestrator.webhook import (
 )
 from state import record
 
-#: Flask's requests at once in one process; long polls and event streams hold one each.
+#: Flask's requests at once in one process; a long poll holds one, a live stream none.
 THREADS = 32
 _END = object()
 
@@ -68,6 +72,7 @@ class Exchange(Protocol):
 
     async def __call__(self) -> bytes: ...
     def __aiter__(self) -> AsyncIterator[bytes]: ...
+    async def client_disconnect(self) -> None: ...
     def response_empty(self, status: int, headers: list[tuple[str, str]]) -> None: ...
     def response_bytes(self, status: int, headers: list[tuple[str, str]], body: bytes) -> None: ...
     def response_stream(self, status: int, headers: list[tuple[str, str]]) -> Stream: ...
@@ -130,6 +135,8 @@ class Server:
 
     def __rsgi_init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop, self._answers = loop, _Answers(loop)
+        hub: Hub = self._app.extensions["streams"]
+        _before_shutdown(loop, hub.stop)
 
     async def __rsgi__(self, scope: Scope, exchange: Exchange) -> None:
         call = self._receiver.call(scope.method, scope.path, scope.headers.get("x-request-id", ""))
@@ -166,7 +173,11 @@ class Server:
             # Flask's own words for it: no byte, of more than it takes
             environ = _environ(scope, b"") | {"CONTENT_LENGTH": str(MAX_BODY + 1)}
         begun = await self._loop.run_in_executor(self._pool, _run, self._app, environ)
-        if begun.whole:
+        if isinstance(begun.chunks, Feed):
+            feed = begun.chunks
+            stream = exchange.response_stream(begun.status, begun.headers)
+            await feed.hub.follow(feed, stream, exchange.client_disconnect, scope.client)
+        elif begun.whole:
             body = await self._loop.run_in_executor(self._pool, begun.read)
             exchange.response_bytes(begun.status, begun.headers, body)
         else:
@@ -184,6 +195,28 @@ class Server:
             pass  # its reader is gone
         finally:
             await self._loop.run_in_executor(self._pool, begun.close)
+
+
+def _before_shutdown(loop: asyncio.AbstractEventLoop, end: Callable[[], None]) -> None:
+    """Have `end` called on `loop` as soon as granian is told to stop.
+
+    granian waits for the answers that it has begun, and `__rsgi_del__` comes after that: a stream
+    would never let it go. Its own handler sits behind the loop's wakeup descriptor, which hears of
+    a signal whatever Python's handler is; so that one is free to be put before.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        before = signal.getsignal(number)
+        # not under granian: nobody listens on the loop
+        if not callable(before) or before is signal.default_int_handler:
+            continue
+
+        def first(
+            number: int, frame: FrameType | None, before: Callable[..., Any] = before
+        ) -> None:
+            loop.call_soon_threadsafe(end)
+            before(number, frame)
+
+        signal.signal(number, first)
 
 
 async def _body(scope: Scope, exchange: Exchange, limit: int) -> bytes:

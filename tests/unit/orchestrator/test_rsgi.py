@@ -80,6 +80,9 @@ class Exchange:
             self.read += len(chunk)
             yield chunk
 
+    async def client_disconnect(self) -> None:
+        await asyncio.Event().wait()
+
     def response_empty(self, status: int, headers: list[tuple[str, str]]) -> None:
         self.response_bytes(status, headers, b"")
 
