@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter as Counts
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
 from state import alarms, brakes, hosts, money, usual
-from state.events import HostRecord
+from state.endpoints import Backlog
+from state.events import HostRecord, OutgoingStatus
 from state.job import Status
 from state.lease import Lease
 from state.money import Limits
@@ -24,6 +25,8 @@ from state.usual import Usual
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _LATENCY = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
+#: A webhook that was given up is shown for so long.
+GIVEN_UP = timedelta(days=1)
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 100)
 
 
@@ -90,11 +93,13 @@ class Metrics:
             counted = CollectorRegistry()
             MultiProcessCollector(counted, path=str(self._directory))
         fleet = CollectorRegistry()
-        fleet.register(_Fleet(store, clock, limits, kill_switch))
+        fleet.register(Fleet(store, clock, limits, kill_switch))
         return bytes(generate_latest(counted) + generate_latest(fleet))
 
 
-class _Fleet(Collector):  # type: ignore[misc]  # prometheus_client is untyped to us
+class Fleet(Collector):  # type: ignore[misc]  # prometheus_client is untyped to us
+    """Jobs, machines, money and alarms, as the database has them when somebody asks."""
+
     def __init__(
         self, store: Store, clock: Callable[[], datetime], limits: Limits, kill_switch: bool
     ) -> None:
@@ -111,10 +116,12 @@ class _Fleet(Collector):  # type: ignore[misc]  # prometheus_client is untyped t
                 tx.hosts(),
             )
             settled = tx.spend_since(datetime.min.replace(tzinfo=UTC))
+            owed = tx.webhook_backlog(now - GIVEN_UP)
             stand = alarms.standing(tx, self._limits, now, kill_switch=self._kill_switch)
         yield from _jobs(counts, usual.known(beats))
         yield from _machines(leases, remembered, now)
         yield from _money(leases, settled, brakes.credit(beats, now), now)
+        yield from _webhooks(owed, now)
         yield _gauge(
             "stoker_beat_age_seconds",
             "Age of each sign of life.",
@@ -192,6 +199,27 @@ def _machines(
     )
 
 
+def _webhooks(owed: Sequence[Backlog], now: datetime) -> Iterator[GaugeMetricFamily]:
+    waiting = [some for some in owed if some.status is OutgoingStatus.WAITING]
+    lost = [some for some in owed if some.status is OutgoingStatus.EXHAUSTED]
+    yield GaugeMetricFamily(
+        "stoker_webhooks_waiting",
+        "Webhooks that wait for their first or next try.",
+        value=sum(some.rows for some in waiting),
+    )
+    oldest = min((some.oldest for some in waiting), default=now)
+    yield GaugeMetricFamily(
+        "stoker_oldest_webhook_seconds",
+        "Age of the oldest of them.",
+        value=(now - oldest).total_seconds(),
+    )
+    yield GaugeMetricFamily(
+        "stoker_webhooks_exhausted",
+        "Webhooks given up within the last day, after all their tries.",
+        value=sum(some.rows for some in lost),
+    )
+
+
 def _thought(host: HostRecord, now: datetime) -> str:
     if host.blocked:
         return "blocked"
@@ -212,13 +240,13 @@ def _money(
         "What all machines cost so far; a market's bill may correct it by a little.",
         value=settled + sum(money.spent(lease, now) for lease in leases),
     )
-    if credit is not None:
-        yield GaugeMetricFamily(
-            "stoker_credit_micro_usd", "Credit on the market's account.", value=credit
-        )
-        if burn:
-            yield GaugeMetricFamily(
-                "stoker_runway_seconds",
-                "How long it pays the machines that run.",
-                value=credit / burn * 3600,
-            )
+    yield GaugeMetricFamily(
+        "stoker_credit_micro_usd",
+        "Credit on the market's account; missing when nobody could read it lately.",
+        value=credit,
+    )
+    yield GaugeMetricFamily(
+        "stoker_runway_seconds",
+        "How long that pays the machines that run; missing when none runs.",
+        value=credit / burn * 3600 if credit is not None and burn else None,
+    )

@@ -9,10 +9,15 @@ import typer
 
 from infra.settings import settings_page
 from orchestrator.cli.console import CliError, Exit
+from orchestrator.metrics_page import metrics_page
 from state.diagram import markdown
 
 #: The pages below `docs/`, and what draws them.
-PAGES: Mapping[str, Callable[[], str]] = {"settings": settings_page, "states": markdown}
+PAGES: Mapping[str, Callable[[], str]] = {
+    "settings": settings_page,
+    "states": markdown,
+    "metrics": metrics_page,
+}
 
 
 def register(app: typer.Typer) -> None:
