@@ -1,7 +1,8 @@
-"""From the outbox to the customer's webhook: at least once, in order within a job.
+"""From the outbox to customers' webhooks: at least once, in order within a queue.
 
-A row is claimed (its due time moved ahead) before it is sent, so two relays do not send the same
-row at once; a relay that dies leaves the row due again when its claim runs out.
+A queue is what a job owes to one endpoint; no queue waits for another. A row is claimed (its due
+time moved ahead) before it is sent, so two relays do not send the same row at once; a relay that
+dies leaves the row due again when its claim runs out.
 
 A worker has few threads, and a host that does not answer holds each of them for 15 s. So no host
 gets them all (`Lanes`): what would be one send too many is put off, untried.
@@ -20,10 +21,10 @@ from email.utils import parsedate_to_datetime
 from typing import Protocol
 
 from gpu_agent import wire
+from state.endpoints import Endpoint
 from state.errors import NotFound
 from state.events import Delivery, Outgoing, OutgoingStatus
-from state.job import Job
-from state.store import Store
+from state.store import Store, Transaction
 
 #: Pauses before the second, third … try (the Standard Webhooks schedule, 75.6 h in all).
 SCHEDULE_S = (5, 300, 1800, 7200, 18_000, 36_000, 50_400, 72_000, 86_400)
@@ -31,6 +32,8 @@ SCHEDULE_S = (5, 300, 1800, 7200, 18_000, 36_000, 50_400, 72_000, 86_400)
 CLAIM = timedelta(seconds=60)
 SEND_TIMEOUT_S = 15.0
 MAX_RETRY_AFTER_S = 86_400.0
+#: Why an endpoint was disabled that said so itself.
+GONE = "it answered 410 Gone"
 #: Sends at once to one host: most of a worker's 16 threads.
 TO_ONE = 12
 #: The same to a host that is slow, and to all slow hosts together.
@@ -97,6 +100,15 @@ class Lanes:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Letter:
+    """A claimed row, where it goes, and what signs it (oldest first)."""
+
+    row: Outgoing
+    url: str
+    secrets: list[str] = field(repr=False)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Relay:
     store: Store
     post: Post
@@ -105,42 +117,56 @@ class Relay:
     random: random.Random
     lanes: Lanes = field(default_factory=Lanes)
 
-    def relay(self, job_id: str) -> int:
-        """Send what is due for a job, oldest first, until something is not; how many went out."""
+    def queues(self, job_id: str) -> list[str]:
+        """The names of the job's queues in which something waits."""
+        with self.store.transaction() as tx:
+            return tx.queues_of(job_id)
+
+    def relay(self, queue: str) -> int:
+        """Send what is due in a queue, oldest first, until something is not; how many went out.
+
+        The id of a job is the name of the queue of its own webhook.
+        """
         sent = 0
-        while (row := self._claim(job_id)) is not None:
-            if not self._send(*row):
+        while (letter := self._claim(queue)) is not None:
+            if not self._send(letter):
                 break
             sent += 1
         return sent
 
-    def _claim(self, job_id: str) -> tuple[Job, Outgoing, list[str]] | None:
-        now = self.clock()
-        with self.store.transaction() as tx:
-            first = tx.next_outgoing(job_id)
-            if first is None:
-                return None
-            try:
-                row = tx.outgoing(first.id, lock=True)
-                job = tx.job(job_id)
-            except NotFound:
-                return None
-            if row.status is not OutgoingStatus.WAITING or row.due_at is None or row.due_at > now:
-                return None
-            row = row.evolve(due_at=now + CLAIM, tries=row.tries + 1)
-            tx.save_outgoing(row)
-            secrets = [secret.reveal() for secret in tx.webhook_secrets(job_id)]
-        return job, row, secrets
+    def _claim(self, queue: str) -> Letter | None:
+        """The first row of a queue, if it is due. Those that no longer lead anywhere end here."""
+        while True:
+            now = self.clock()
+            with self.store.transaction() as tx:
+                first = tx.next_outgoing(queue)
+                if first is None:
+                    return None
+                try:
+                    row = tx.outgoing(first.id, lock=True)
+                    if not _is_due(row, now):
+                        return None
+                    url, secrets = _address(tx, row, now)
+                except NotFound:
+                    return None
+                if url:
+                    row = row.evolve(due_at=now + CLAIM, tries=row.tries + 1)
+                    tx.save_outgoing(row)
+                    return Letter(row=row, url=url, secrets=secrets)
+                tx.save_outgoing(
+                    row.evolve(status=OutgoingStatus.DISABLED, due_at=None, ended_at=now)
+                )
 
-    def _send(self, job: Job, row: Outgoing, secrets: list[str]) -> bool:
+    def _send(self, letter: Letter) -> bool:
         """One try; whether the row is dealt with, so that the next may go."""
         began = self.clock()
-        url = job.request.webhook_url or ""
+        row, url = letter.row, letter.url
         host = url.partition("://")[2].partition("/")[0]
         if pause := self.lanes.enter(host, began):
             return self._put_off(row, began, pause)
         body = json.dumps(row.payload, separators=(",", ":")).encode()
-        signed = wire.sign(body, secrets=secrets, webhook_id=row.id, at=began.timestamp())
+        stamp = began.timestamp()
+        signed = wire.sign(body, secrets=letter.secrets, webhook_id=row.id, at=stamp)
         headers = {"content-type": "application/json", "user-agent": "stoker-webhooks/1", **signed}
         answer: Answer | None = None
         error = ""
@@ -157,6 +183,9 @@ class Relay:
         row = self._judge(row, answer, refused, now)
         took = round((now - began).total_seconds() * 1000)
         with self.store.transaction() as tx:
+            if row.endpoint and row.status is OutgoingStatus.DISABLED:
+                # before its rows, here as everywhere
+                _close(tx, row.endpoint, error or GONE, now)
             stored = tx.outgoing(row.id, lock=True)
             # Our claim may have run out meanwhile: then another relay judges, unless we delivered.
             ours = row.status is OutgoingStatus.DELIVERED or stored.tries == row.tries
@@ -187,14 +216,46 @@ class Relay:
         self, row: Outgoing, answer: Answer | None, refused: bool, now: datetime
     ) -> Outgoing:
         if answer is not None and 200 <= answer.status < 300:
-            return row.evolve(status=OutgoingStatus.DELIVERED, due_at=None)
+            return row.evolve(status=OutgoingStatus.DELIVERED, due_at=None, ended_at=now)
         if refused or (answer is not None and answer.status == 410):
-            return row.evolve(status=OutgoingStatus.DISABLED, due_at=None)
+            return row.evolve(status=OutgoingStatus.DISABLED, due_at=None, ended_at=now)
         if row.tries > len(SCHEDULE_S):
-            return row.evolve(status=OutgoingStatus.EXHAUSTED, due_at=None)
+            return row.evolve(status=OutgoingStatus.EXHAUSTED, due_at=None, ended_at=now)
         pause = SCHEDULE_S[row.tries - 1] * self.random.uniform(0.9, 1.1)
         asked = _retry_after(answer, now) if answer is not None else 0.0
         return row.evolve(due_at=now + timedelta(seconds=max(pause, asked)))
+
+
+def _is_due(row: Outgoing, now: datetime) -> bool:
+    waits = row.status is OutgoingStatus.WAITING
+    return waits and row.due_at is not None and row.due_at <= now
+
+
+def _address(tx: Transaction, row: Outgoing, now: datetime) -> tuple[str, list[str]]:
+    """Where a row goes, "" when nowhere any more, and what signs it. Raises: NotFound."""
+    if not row.endpoint:
+        job = tx.job(row.job)
+        secrets = [secret.reveal() for secret in tx.webhook_secrets(job.id)]
+        return job.request.webhook_url or "", secrets
+    try:
+        endpoint: Endpoint = tx.endpoint(row.endpoint)
+    except NotFound:
+        return "", []
+    # What a listener did not fetch in time is due, and ends as well.
+    if endpoint.disabled_at is not None or endpoint.listener:
+        return "", []
+    good = endpoint.in_force(tx.webhook_secrets(endpoint.id), now)
+    return endpoint.url, [secret.reveal() for secret in good]
+
+
+def _close(tx: Transaction, endpoint_id: str, why: str, now: datetime) -> None:
+    """Send nothing more to an endpoint, nor what waits for it; both can be taken back."""
+    try:
+        endpoint = tx.endpoint(endpoint_id, lock=True)
+    except NotFound:
+        return  # somebody deleted it meanwhile
+    tx.save_endpoint(endpoint.disabled(now, why))
+    tx.disable_outgoing(endpoint_id, now)
 
 
 def _retry_after(answer: Answer, now: datetime) -> float:

@@ -713,11 +713,8 @@ MUTATIONS: tuple[Mutation, ...] = (
         invariant="I15",
         what="a webhook that another relay is sending is sent again",
         path="tasks/relay.py",
-        old=(
-            "            if row.status is not OutgoingStatus.WAITING "
-            "or row.due_at is None or row.due_at > now:\n"
-        ),
-        new="            if row.status is not OutgoingStatus.WAITING or row.due_at is None:\n",
+        old="    return waits and row.due_at is not None and row.due_at <= now\n",
+        new="    return waits and row.due_at is not None\n",
         tests=(_RELAY + "test_two_relays_at_once_send_a_row_once",),
     ),
     Mutation(
