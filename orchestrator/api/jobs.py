@@ -16,7 +16,7 @@ from flask_openapi.models.tag import Tag
 
 from gpu_agent import needs, wire
 from gpu_agent.recipe import Recipe, RecipeError
-from orchestrator.api import auth, idempotency, present, schemas
+from orchestrator.api import auth, idempotency, present, schemas, streams
 from orchestrator.api import datasets as datasets_api
 from orchestrator.api.auth import Caller
 from orchestrator.api.bases import fault_of_base, fault_of_url
@@ -260,6 +260,15 @@ def page(deps: Deps, caller: Caller, query: schemas.JobsQuery) -> schemas.Jobs:
     )
 
 
+def events_of(tx: Transaction, job: Job, *, after: int, limit: int) -> schemas.Events:
+    """A page of what happened to a job, oldest first."""
+    found = tx.events(job.id, after=after, limit=limit + 1)
+    shown = [present.event(item) for item in found[:limit]]
+    return schemas.Events(
+        data=shown, has_more=len(found) > limit, next_after=shown[-1].seq if shown else after
+    )
+
+
 def downloadable(tx: Transaction, job: Job, name: str) -> Artefact:
     """Raises: Refusal 409 not ready, 410 expired; NotFound."""
     found = [item for item in tx.artefacts(job.id) if item.name == name]
@@ -351,18 +360,12 @@ def jobs(deps: Deps, waker: Waker) -> APIBlueprint:
 
     @api.get("/<job_id>/events", operation_id="list_events", responses={"200": schemas.Events})
     def events(path: schemas.JobPath, query: schemas.EventsQuery) -> Response:
-        """All that happened to it, oldest first"""
+        """All that happened to it, oldest first; as `text/event-stream`, also what happens yet"""
         with deps.store.transaction() as tx:
             job = visible(tx, path.job_id, auth.caller())
-            found = tx.events(job.id, after=query.after, limit=query.limit + 1)
-        shown = [present.event(item) for item in found[: query.limit]]
-        return present.answer(
-            schemas.Events(
-                data=shown,
-                has_more=len(found) > query.limit,
-                next_after=shown[-1].seq if shown else query.after,
-            )
-        )
+            if streams.wanted():
+                return streams.follow(job, events_of, query.after)
+            return present.answer(events_of(tx, job, after=query.after, limit=query.limit))
 
     @api.get(
         "/<job_id>/artifacts", operation_id="list_artifacts", responses={"200": schemas.Artefacts}

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from gpu_agent.wire import Fact
 from orchestrator import agent_api
-from orchestrator.api import auth, present, schemas
+from orchestrator.api import auth, present, schemas, streams
 from orchestrator.api.jobs import DOWNLOAD_SPAN_S, visible
 from orchestrator.api.problems import Refusal
 from orchestrator.api.schemas import MicroUsd, Out
@@ -413,11 +413,13 @@ def reads(deps: Deps) -> APIBlueprint:
 
     @api.get("/<job_id>/logs", operation_id="list_logs", responses={"200": Logs})
     def list_logs(path: schemas.JobPath, query: LogsQuery) -> Response:
-        """What its agent and trainer wrote, oldest first"""
+        """What its agent and trainer wrote, oldest first; as `text/event-stream`, also what they
+        write yet"""
         with deps.store.transaction() as tx:
             job = visible(tx, path.job_id, auth.caller())
-            found = logs(tx, job, after=query.after, limit=query.limit)
-        return present.answer(found)
+            if streams.wanted():
+                return streams.follow(job, logs, query.after, event="log")
+            return present.answer(logs(tx, job, after=query.after, limit=query.limit))
 
     @api.get("/<job_id>/metrics", operation_id="get_metrics", responses={"200": Metrics})
     def get_metrics(path: schemas.JobPath, query: MetricsQuery) -> Response:
