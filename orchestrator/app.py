@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from http import HTTPStatus
 from typing import Any
 
 from flask import Response, g, request
@@ -15,12 +16,13 @@ from flask_openapi.types import ResponseDict
 from infra import telemetry
 from orchestrator import dashboard, streams
 from orchestrator.agent_api import agent_api
-from orchestrator.api import problems
+from orchestrator.api import limits, problems
 from orchestrator.api.datasets import datasets
 from orchestrator.api.hosts import hosts
 from orchestrator.api.jobs import jobs
 from orchestrator.api.operators import operators
 from orchestrator.api.reads import reads
+from orchestrator.api.streams import describe as describe_streams
 from orchestrator.attempt_auth import AttemptAuth
 from orchestrator.deps import Deps
 from orchestrator.health import health
@@ -47,6 +49,7 @@ PROBLEMS: ResponseDict = {
         "413",
         "415",
         "422",
+        "429",
         "500",
         "503",
     )
@@ -74,6 +77,7 @@ def create_app(deps: Deps) -> OpenAPI:
     metrics, waker = Metrics(deps.metrics_dir), Waker(deps.wake)
     auth = AttemptAuth(deps.store, deps.clock)
     problems.install(app)
+    limits.install(app, deps)
     _watch_requests(app, metrics)
     streams.install(app, deps)
     app.register_api(datasets(deps, waker))
@@ -91,14 +95,20 @@ def create_app(deps: Deps) -> OpenAPI:
 
 
 def spec_of(app: OpenAPI) -> dict[str, Any]:
-    """The OpenAPI 3.1 description, with problems under their own media type."""
+    """The OpenAPI 3.1 description. flask-openapi leaves the answers that are common to all out of
+    blueprints, and takes a validation error for a list: both are put right here."""
     spec: dict[str, Any] = app.api_doc
+    schema = {"$ref": "#/components/schemas/Problem"}
+    common = {
+        status: {
+            "description": HTTPStatus(int(status)).phrase,
+            "content": {problems.MIMETYPE: {"schema": schema}},
+        }
+        for status in PROBLEMS
+    }
     for path in spec["paths"].values():
         for operation in path.values():
-            for status, response in operation["responses"].items():
-                content = response.get("content", {})
-                if status >= "400" and "application/json" in content:
-                    content[problems.MIMETYPE] = content.pop("application/json")
+            operation["responses"] = dict(sorted((operation["responses"] | common).items()))
     return spec
 
 

@@ -14,7 +14,7 @@ from orchestrator.deps import Deps
 from state import brakes, money
 
 
-class Limit(Out):
+class LimitUsed(Out):
     """A limit that is set. Micro-USD, save `machines`: that one counts them."""
 
     name: str = Field(description="machines, rate, hour, day or total")
@@ -39,7 +39,7 @@ class Account(Out):
     burn_per_hour: MicroUsd = Field(description="of all machines that are not being released")
     runway_hours: float | None = Field(description="null while nothing burns, or nobody knows")
     display: str
-    limits: list[Limit]
+    limits: list[LimitUsed]
     renting: Renting
 
 
@@ -64,7 +64,7 @@ def standing(deps: Deps) -> Account:
         runway_hours=None if credit is None or not burn else round(max(0, credit) / burn, 2),
         display="unknown" if credit is None else money.dollars(credit),
         limits=[
-            Limit(
+            LimitUsed(
                 name=name,
                 words=money.WORDS[name],
                 used=used,

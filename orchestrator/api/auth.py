@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from flask import g, request
 
+from orchestrator.api import limits
 from orchestrator.api.problems import Refusal
 from state.store import Store
 
@@ -17,10 +18,12 @@ _BEARER = re.compile(r"bearer +(stk_(?:live|test)_[A-Za-z0-9_-]{16,128})", re.IG
 
 @dataclass(frozen=True, kw_only=True)
 class Caller:
-    """Who asks. An operator has every scope and sees every owner's things."""
+    """Who asks, by which key (its id). An operator has every scope and sees every owner's
+    things."""
 
     owner: str
     scopes: frozenset[str]
+    key: str = ""
 
     @property
     def operator(self) -> bool:
@@ -49,7 +52,7 @@ def authenticate(store: Store, header: str) -> Caller:
         with store.transaction() as tx:
             key = tx.api_key_by_hash(hash_of(found[1]))
         if key is not None and key.revoked_at is None:
-            return Caller(owner=key.owner, scopes=key.scopes)
+            return Caller(owner=key.owner, scopes=key.scopes, key=key.id)
     raise Refusal(
         401, "unauthorized", "send Authorization: Bearer with an API key that is not revoked"
     )
@@ -59,9 +62,10 @@ def admit(store: Store) -> None:
     """Before each request of `/v1`: GET needs `jobs:read`, everything else `jobs:write`.
 
     Raises:
-        Refusal: 401 or 403.
+        Refusal: 401, 403 or 429.
     """
     caller = authenticate(store, request.headers.get("Authorization", ""))
+    limits.count(caller.key)
     scope = READ if request.method in ("GET", "HEAD") else WRITE
     if not caller.may(scope):
         raise Refusal(403, "forbidden", f"this key lacks the scope {scope}")

@@ -49,7 +49,7 @@ class SpendQuery(BaseModel):
     limit: Annotated[int, Field(ge=1, le=1000)] = 400
 
 
-class Row(Out):
+class SpendRow(Out):
     """A group's money, in micro-USD."""
 
     key: str = Field(description="the day (UTC), the machine's number, the GPU, the job, the owner")
@@ -86,9 +86,11 @@ class Spend(Out):
     since: datetime
     until: datetime
     currency: Literal["USD"] = "USD"
-    data: list[Row] = Field(description="days in their order, all of them; else the dearest first")
+    data: list[SpendRow] = Field(
+        description="days in their order, all of them; else the dearest first"
+    )
     left_out: int = Field(description="groups beyond `limit`; `total` counts them")
-    total: Row
+    total: SpendRow
 
 
 def spent(deps: Deps, query: SpendQuery) -> Spend:
@@ -111,9 +113,9 @@ def spent(deps: Deps, query: SpendQuery) -> Spend:
         group_by=query.group_by,
         since=since,
         until=until,
-        data=[Row.of(key, split) for key, split in rows[: query.limit]],
+        data=[SpendRow.of(key, split) for key, split in rows[: query.limit]],
         left_out=max(0, len(rows) - query.limit),
-        total=Row.of("", total),
+        total=SpendRow.of("", total),
     )
 
 

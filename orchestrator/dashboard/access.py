@@ -26,7 +26,7 @@ from flask import (
 from flask_wtf.csrf import CSRFError, CSRFProtect
 from werkzeug.wrappers import Response as AnyResponse
 
-from orchestrator.api import auth
+from orchestrator.api import auth, limits
 from orchestrator.api.auth import Caller
 from orchestrator.api.problems import Refusal, refusal_of
 from orchestrator.deps import Deps
@@ -139,9 +139,14 @@ def install(pages: Blueprint, deps: Deps, csrf: CSRFProtect) -> None:
             return render_template("login.html", fault="", next=_inside(request.args.get("next")))
         where = _inside(request.form.get("next"))
         key = request.form.get("key", "").strip()
+        quota, address = limits.of_app(), request.remote_addr or ""
+        left = quota.look("logins", address)
+        if left is not None and left.refused:
+            raise limits.too_many(left, f"{left.per_minute} logins failed within a minute")
         try:
             caller = auth.authenticate(deps.store, f"Bearer {key}")
         except Refusal:
+            quota.take("logins", address)
             fault = "This is no key of this installation, or it was revoked."
             return render_template("login.html", fault=fault, next=where), 401
         if not caller.operator:
@@ -167,11 +172,10 @@ def install(pages: Blueprint, deps: Deps, csrf: CSRFProtect) -> None:
 
     @pages.errorhandler(StokerError)
     @pages.errorhandler(Refusal)
-    def refused(error: Exception) -> tuple[str, int]:
+    def refused(error: Exception) -> tuple[str, int, dict[str, str]]:
         refusal = refusal_of(error)
-        return render_template(
-            "error.html", status=refusal.status, what=refusal.detail
-        ), refusal.status
+        page = render_template("error.html", status=refusal.status, what=refusal.detail)
+        return page, refusal.status, refusal.headers
 
 
 def _caller(deps: Deps, key_hash: str) -> Caller | None:
@@ -183,6 +187,12 @@ def _caller(deps: Deps, key_hash: str) -> Caller | None:
         return None
     caller = Caller(owner=key.owner, scopes=key.scopes)
     return caller if caller.operator else None
+
+
+def key_hash() -> str:
+    """By what the session that asks was let in; empty for a stranger."""
+    known: str = session.get(_KEY, "")
+    return known
 
 
 def _inside(path: str | None) -> str:
