@@ -34,19 +34,26 @@ class Recipe:
         text_encoder_rate: learning rate of the text encoders' own LoRA (of Anima, that of its text
             conditioner); 0 leaves them alone.
         lora_plus: learning rate of B as a multiple of A's (LoRA+, arXiv:2402.12354).
-        learning_rate, optimizer, weight_decay, max_grad_norm: `prodigy` wants a rate of 1.
-        scheduler, warmup_steps: of the learning rate; `schedule_free` keeps it constant.
+        learning_rate: of the adapter's weights; 1 for `prodigy`, which finds the rate itself.
+        optimizer: `adamw8bit` and `adafactor` save memory; `prodigy` and `schedule_free` need
+            less tuning.
+        weight_decay: decoupled from the gradient, as AdamW has it.
+        max_grad_norm: longer gradients are cut to this length.
+        scheduler: of the learning rate over the steps; `schedule_free` wants `constant`.
+        warmup_steps: over so many steps the learning rate rises from 0.
         ema_decay: of the exponential moving average of the weights that is validated and kept
             instead of them; 0 means none.
         trigger: the word that stands for the subject.
         caption_template: used for images without a caption file; `{trigger}` is replaced.
         caption_dropout: share of steps trained with an empty caption.
-        caption_shuffle, keep_tokens: exchange a caption's comma-separated parts at random, but
-            for the first `keep_tokens` of them.
+        caption_shuffle: exchange a caption's comma-separated parts at random.
+        keep_tokens: so many of the first parts stay where they are.
         flip: mirror images at random.
         masked_loss: weigh the loss by each image's mask, `NAME.mask.png` or its alpha channel.
-        prior_prompt, prior_images, prior_weight: prior preservation (arXiv:2208.12242): images of
-            the class, from the dataset's folder `regularization` or else painted before training.
+        prior_prompt: what class images show (prior preservation, arXiv:2208.12242); they come
+            from the dataset's folder `regularization`, or else are painted before training.
+        prior_images: how many are painted where the dataset has none.
+        prior_weight: of their loss beside that of the photographs.
         min_snr_gamma: Min-SNR loss weighting (arXiv:2303.09556); 5 is usual.
         debiased: debiased estimation loss (arXiv:2310.08442).
         noise_offset: (crosslabs.org, "Diffusion with Offset Noise"); 0.05 to 0.1 is usual.
@@ -62,7 +69,8 @@ class Recipe:
         checkpoint_s: seconds of training between checkpoints beside those: what a lost machine
             costs at most, but for the time of an upload. 0 means none beside those.
         keep_checkpoints: how many of the best (and the last two) stay on disk.
-        sample_prompts, sample_every: sample images; 0 means only at the end.
+        sample_prompts: what sample images are made of.
+        sample_every: steps between them; 0 means only at the end.
         sample_seeds: images per prompt, each from its own noise.
         precision: `auto` takes bf16 where the GPU has it, else fp16, and fp32 on a CPU.
         base_precision: of the frozen weights: `same` as `precision`, `int8`, `nf4`; `auto`
@@ -71,6 +79,7 @@ class Recipe:
         block_swap: how many of the denoiser's blocks wait on the host; -1 swaps only if it must.
         compile: of the denoiser's blocks; `auto` where it pays.
         cache: of latents and embeddings: in memory (`ram`), on `disk`, or what fits (`auto`).
+        seed: of whatever is drawn: on one device the same seed gives the same weights.
     """
 
     quality: str = "standard"
@@ -137,7 +146,7 @@ class Recipe:
             if key not in known:
                 faults[str(key)] = f"is not a recipe key; known are {', '.join(sorted(known))}"
         said: dict[str, Any] = {}
-        for key, (accept, wants) in _RULES.items():
+        for key, (accept, wants) in RULES.items():
             if key in value:
                 got: Any = tuple(value[key]) if isinstance(value[key], list) else value[key]
                 if accept(got):
@@ -336,7 +345,8 @@ def _is_prompts(got: object) -> bool:
 
 
 _snr, _snr_wants = _is_real(0, 100, above=True)
-_RULES: dict[str, tuple[Any, str]] = {
+#: What each key takes: whether it does, and in words.
+RULES: dict[str, tuple[Any, str]] = {
     "quality": _is_one_of("draft", "standard", "fine"),
     "steps": _is_whole(1, 100_000),
     "resolution": _is_whole(64, 2048, 64),

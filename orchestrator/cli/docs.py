@@ -10,6 +10,7 @@ import typer
 from infra.settings import settings_page
 from orchestrator.cli.console import CliError, Exit
 from orchestrator.metrics_page import metrics_page
+from orchestrator.reference import events_page, recipe_page
 from state.diagram import markdown
 
 #: The pages below `docs/`, and what draws them.
@@ -17,6 +18,8 @@ PAGES: Mapping[str, Callable[[], str]] = {
     "settings": settings_page,
     "states": markdown,
     "metrics": metrics_page,
+    "events": events_page,
+    "recipe": recipe_page,
 }
 
 
