@@ -123,10 +123,14 @@ def span(
     return min(rules.lease, timedelta(hours=pays / price)) if price else rules.lease
 
 
+#: The code of a job whose own cap stands in the way.
+JOB = "budget.job"
+
+
 def used_up(job: Job, closed: int) -> Reason:
     cap, so_far = dollars(job.request.max_cost), dollars(closed)
     message = f"the job has cost {so_far} of at most {cap}; the rest pays for no machine"
-    return Reason(code="budget.job", message=message, retryable=False)
+    return Reason(code=JOB, message=message, retryable=False)
 
 
 # --- the deployment's money -------------------------------------------------------------------

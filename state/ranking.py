@@ -205,6 +205,13 @@ class Choice:
     def offers(self) -> list[Offer]:
         return [offer for offer, _ in self.ranked]
 
+    def expected(self, taken: Offer) -> Expectation:
+        """What was reckoned of a ranked offer. Raises: LookupError."""
+        found = next((expected for offer, expected in self.ranked if offer.id == taken.id), None)
+        if found is None:
+            raise LookupError(f"offer {taken.id} is not ranked")
+        return found
+
     def explain(self, taken: Offer | None = None) -> str:
         """Why this offer (the first, if none is named), beside the next one; why not the others."""
         rows = [row for row in self.ranked if taken is None or row[0].id == taken.id]

@@ -14,24 +14,25 @@ Who owns the instance if the process dies (`tests/unit/tasks/test_dying.py` dies
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from typing import Any
 
 from infra.provider import LaunchSpec, Provider
 from state import brakes, money, policy, ranking, record, renting
 from state.errors import AccountFault, NotFound, ProviderError, Refused, Throttled
 from state.events import Attempt
-from state.job import Job, Reason, Status
+from state.job import GpuNeeds, Job, Reason, Status
 from state.lease import Lease, LeaseStatus
 from state.money import Limits
 from state.offer import Offer
 from state.policy import Policy
 from state.ranking import Choice, Workload
 from state.store import Store, Transaction
+from tasks import search
 
 #: How many offers one pass may try: each is one create call that was clearly refused.
 MAX_OFFERS_PER_PASS = 5
@@ -41,6 +42,8 @@ CREATE_SPAN = timedelta(seconds=60)
 #: found the intent old, and nothing made of it.
 STALE_INTENT = timedelta(seconds=15)
 OTHERS_FIRST = "every offer that fits is being rented for another job"
+#: Why a job waits for a GPU, where no brake is the reason (`progress.gpu_wait`).
+NO_OFFER, UNREADABLE = "offers.none", "market.unreadable"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,17 +90,20 @@ class Renter:
             if not renting.wanted(job, leases, self.clock(), self.rules):
                 return None
             hosts = tx.hosts()
-            work = ranking.workload(job.request, tx.dataset(job.request.dataset_id).zip_bytes)
-            work = dataclasses.replace(work, image_bytes=self.terms.image_bytes)
+            zip_bytes = tx.dataset(job.request.dataset_id).zip_bytes
+            work = search.workload(job.request, zip_bytes, self.terms.image_bytes)
             stopped = self._stopped(self._book(tx))
         if stopped is not None:
-            self._wait(job_id, stopped.message, hold=True)
+            self._wait(job_id, stopped.message, code=stopped.code, hold=True)
             return None
         try:
-            offers = self._offers(job)
+            offers = search.offers(
+                self.provider, job.request, interruptions=job.interruptions, rules=self.rules
+            )
         except ProviderError as error:
             pause = error.retry_after if isinstance(error, Throttled) else None
-            self._wait(job_id, f"the market could not be asked: {error}", pause=pause)
+            words = f"the market could not be asked: {error}"
+            self._wait(job_id, words, code=UNREADABLE, pause=pause)
             return None
         beside = [lease.machine_id for lease in leases if lease.open]
         choice = ranking.choose(
@@ -110,17 +116,10 @@ class Renter:
             rules=self.rules,
         )
         if not choice.ranked:
-            self._wait(job_id, choice.explain() if offers else _nothing_fits(job))
+            words = choice.explain() if offers else nothing_fits(job.request.gpu)
+            self._wait(job_id, words, refused=choice.refused)
             return None
         return self._try_offers(job_id, choice, work)
-
-    def _offers(self, job: Job) -> list[Offer]:
-        """What is for rent; for an interruptible job also by bid, until it was outbid too often."""
-        needs = job.request.gpu
-        offers = self.provider.offers(needs)
-        if job.request.interruptible and job.interruptions < self.rules.interruptions:
-            offers += self.provider.offers(needs, interruptible=True)
-        return offers
 
     def _try_offers(self, job_id: str, choice: Choice, work: Workload) -> Lease | None:
         refusals: list[str] = []
@@ -144,14 +143,16 @@ class Renter:
                     # No other offer would fare better now.
                     pause = error.retry_after if isinstance(error, Throttled) else None
                     account = isinstance(error, AccountFault)
-                    self._wait(job_id, str(error), pause=pause, hold=account)
+                    code = error.code or UNREADABLE
+                    self._wait(job_id, str(error), code=code, pause=pause, hold=account)
                     return None
             except ProviderError as error:
                 self._unknown(lease, error)
                 return None
             else:
-                return self._rented(lease, instance_id, choice.explain(offer))
-        self._wait(job_id, f"all offers were refused ({'; '.join(refusals)})")
+                return self._rented(lease, instance_id, choice, offer)
+        words = f"all offers were refused ({'; '.join(refusals)})"
+        self._wait(job_id, words, refused=choice.refused)
         return None
 
     def _wanted(self, tx: Transaction, job: Job) -> bool:
@@ -194,7 +195,8 @@ class Renter:
             spans = {offer.id: self._span(job, offer, work, leases, closed, now) for offer in free}
             offer = next((item for item in free if spans[item.id] >= money.LEAST_SPAN), None)
             if offer is None and any(lease.open for lease in leases):
-                self._explain(tx, job, "the job's cap pays for no second machine", now)
+                words = "the job's cap pays for no second machine"
+                self._explain(tx, job, words, now, code=money.JOB)
                 return None
             if offer is None:
                 record.stall(tx, job.id, money.used_up(job, closed), now, self.rules)
@@ -204,7 +206,7 @@ class Renter:
             book = self._book(tx)
             reason = self._stopped(book) or brakes.refused(book, self.terms.limits, lease, now)
             if reason is not None:
-                self._explain(tx, job, reason.message, now, hold=True)
+                self._explain(tx, job, reason.message, now, code=reason.code, hold=True)
                 return None
             for other in _racing(leases):
                 self._shorten(tx, job, other, lease, closed, leases, now)
@@ -223,8 +225,7 @@ class Renter:
         now: datetime,
     ) -> timedelta:
         """How long the job can pay for `offer`."""
-        received, sent = _traffic(work)
-        moved = round((received * offer.download_price + sent * offer.upload_price) / 1e9)
+        moved = search.bandwidth(offer, work)
         remaining, race = money.left(job, closed, leases, now), _race(job, now)
         return money.span(offer.price, moved, remaining, _racing(leases), race, self.rules)
 
@@ -256,38 +257,25 @@ class Renter:
         work: Workload,
     ) -> Lease:
         now = self.clock()
-        received, sent = _traffic(work)
-        lease = Lease(
+        return search.lease(
+            offer,
+            job.request,
+            work,
+            now=now,
+            span=span,
             # Counted under the job's lock, so that leases sort as they were made.
             id=f"{job.id}.{len(leases) + 1:03d}",
             job=job.id,
             attempt=job.attempt,
             label=self.terms.label(job),
-            created_at=now,
-            expires_at=now + span,
             # The token is all that the machine will be given; its hash is all that we keep.
             token_hash=hashlib.sha256(token.encode()).hexdigest(),
             token_expires_at=now + self.rules.token,
             hedge=any(item.open and not item.hedge for item in leases),
-            offer_id=offer.id,
-            machine_id=offer.machine_id,
-            gpu_name=offer.gpu_name,
-            geo=offer.geo,
-            price=offer.price,
-            storage_price=offer.storage_price,
-            download_price=offer.download_price,
-            upload_price=offer.upload_price,
-            bid=offer.bid,
-            vram_gb=offer.vram_gb,
-            disk_gb=job.request.gpu.disk_gb,
-            download_mbps=offer.download_mbps,
             boot_s=boot_s,
-            received=received,
-            sent=sent,
             due_at=now + CREATE_SPAN,
             why="a GPU is being rented",
         )
-        return lease.evolve(reserved=money.worst(lease))
 
     def _launch(self, lease: Lease, token: str, offer: Offer) -> LaunchSpec:
         return LaunchSpec(
@@ -299,15 +287,19 @@ class Renter:
             bid=offer.bid,
         )
 
-    def _rented(self, lease: Lease, instance_id: str, why: str) -> Lease:
-        """Put the id on disk, also when the job was cancelled meanwhile; `why` this offer."""
+    def _rented(self, lease: Lease, instance_id: str, choice: Choice, offer: Offer) -> Lease:
+        """Put the id on disk, also when the job was cancelled meanwhile; and why this offer."""
         now = self.clock()
         with self.store.transaction() as tx:
             job = tx.job(lease.job, lock=True)
             lease = rented(tx, tx.lease(lease.id, lock=True), instance_id, now)
             when = record.rfc3339(now)
-            search = f"rented {lease.gpu_name} on machine {lease.machine_id} at {when}"
-            job = _with_search(job, search, gpu_choice=why)
+            words = f"rented {lease.gpu_name} on machine {lease.machine_id} at {when}"
+            # Those that were lost before cost what they cost; this one what it is expected to.
+            quoted = tx.spend_of(job.id) + round(choice.expected(offer).cost)
+            job = _with_search(
+                job, words, gpu_choice=choice.explain(offer), gpu_wait=None, quoted=quoted
+            )
             tx.save_job(job.evolve(due_at=self._next_look(job, lease)))
         return lease
 
@@ -341,14 +333,13 @@ class Renter:
             why = f"the create call had no clear answer: {error}"
             tx.save_lease(lease.evolve(instance_id=known, due_at=now, why=why))
 
-    def _wait(
-        self, job_id: str, why: str, *, pause: float | None = None, hold: bool = False
-    ) -> None:
+    def _wait(self, job_id: str, why: str, **more: Any) -> None:
+        """As `_explain`, unless the job needs no machine any more."""
         now = self.clock()
         with self.store.transaction() as tx:
             job = tx.job(job_id, lock=True)
             if self._wanted(tx, job):
-                self._explain(tx, job, why, now, pause=pause, hold=hold)
+                self._explain(tx, job, why, now, **more)
 
     def _explain(
         self,
@@ -357,23 +348,22 @@ class Renter:
         why: str,
         now: datetime,
         *,
+        code: str = NO_OFFER,
+        refused: Mapping[str, int] | None = None,
         pause: float | None = None,
         hold: bool = False,
     ) -> None:
         """Say on the job why there is no GPU yet, and when we look again. With `hold` its
-        deadline waits too: where nobody may rent, another attempt would fare no better."""
+        deadline waits too: where nobody may rent, another attempt would fare no better.
+        `refused` are offers by the reason against them."""
         span = self.rules.offer_pause if pause is None else timedelta(seconds=pause)
         again = now + span
         if hold:
             job = job.evolve(deadline_at=now + self.rules.deadlines[Status.PENDING_GPU])
         if job.deadline_at is not None:
             again = min(again, job.deadline_at)
-        tx.save_job(_with_search(job, why).evolve(due_at=again))
-
-
-def _traffic(work: Workload) -> tuple[int, int]:
-    """Bytes that a machine is expected to receive, and to send."""
-    return work.image_bytes + work.base_bytes + work.dataset_bytes, work.output_bytes
+        wait = {"code": code, "at": record.rfc3339(now), "hold": hold, "refused": refused or {}}
+        tx.save_job(_with_search(job, why, gpu_wait=wait).evolve(due_at=again))
 
 
 def _racing(leases: Sequence[Lease]) -> list[Lease]:
@@ -399,12 +389,13 @@ def rented(tx: Transaction, lease: Lease, instance_id: str, now: datetime) -> Le
     return lease
 
 
-def _with_search(job: Job, words: str, **more: str) -> Job:
-    return job.evolve(progress={**job.progress, "gpu_search": words, **more})
+def _with_search(job: Job, words: str, **more: Any) -> Job:
+    """With what the search came to; what is None is forgotten."""
+    said = {**job.progress, "gpu_search": words, **more}
+    return job.evolve(progress={key: value for key, value in said.items() if value is not None})
 
 
-def _nothing_fits(job: Job) -> str:
-    needs = job.request.gpu
+def nothing_fits(needs: GpuNeeds) -> str:
     wanted = f"{needs.min_vram_gb:g} GB VRAM at most {money.dollars(needs.max_price)}/h"
     names = f" ({', '.join(needs.gpu_names)})" if needs.gpu_names else ""
     return f"no offer meets the needs: {wanted}{names}, reliability {needs.min_reliability:g}"

@@ -16,7 +16,7 @@ from state.job import Job
 from state.lease import Lease
 
 #: What of a job's progress is kept for our own decisions.
-INTERNAL = ("relayed", "outlook")
+INTERNAL = ("relayed", "outlook", "gpu_wait", "quoted")
 
 
 def dataset(value: Dataset) -> dict[str, Any]:
