@@ -180,6 +180,8 @@ def _running(root: Path, scale: Scale, customer: Customer, say: Say) -> Iterator
         bind=bind,
         private_webhooks=True,
         private_bases=True,
+        rate_reads=0,
+        rate_writes=0,
         vast_pace=scale.pace,
         vast_api_key=Secret(account),
         civitai_api_key=Secret(civitai),

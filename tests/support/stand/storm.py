@@ -216,6 +216,8 @@ class Storm:
             private_webhooks=True,
             private_bases=True,
             vast_pace=0.0,
+            rate_reads=0,
+            rate_writes=0,
         )
 
     def _make_links(self, links: Links) -> dict[str, Link]:
