@@ -4,19 +4,28 @@ from __future__ import annotations
 
 from flask import Blueprint, Flask
 
-from orchestrator.dashboard import access, fleet, words
+from orchestrator.dashboard import access, actions, fleet, job, live, new, words
 from orchestrator.deps import Deps
 from orchestrator.waker import Waker
 
 #: What the frame's navigation names, in order.
-PAGES = (("pages.fleet", "Fleet"),)
+PAGES = (("pages.fleet", "Fleet"), ("pages.new", "New training"))
 
 
 def install(app: Flask, deps: Deps, waker: Waker) -> None:
     """Add the pages to `app`."""
-    pages = Blueprint("pages", __name__, template_folder="templates", static_folder="static")
+    pages = Blueprint(
+        "pages",
+        __name__,
+        template_folder="templates",
+        static_folder="static",
+        static_url_path="/assets",
+    )
     access.install(pages, deps, access.secure(app, deps))
     words.install(pages)
-    fleet.register(pages, deps, waker)
+    fleet.register(pages, deps)
+    job.register(pages, deps)
+    actions.register(pages, deps, waker)
+    new.register(pages, deps, waker)
     pages.add_app_template_global(PAGES, "PAGES")  # type: ignore[arg-type]  # any value will do
     app.register_blueprint(pages)
