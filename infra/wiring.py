@@ -67,6 +67,11 @@ class Services:
     def bases(self) -> BaseResolver:
         return BaseResolver.from_settings(self.settings, self.storage)
 
+    def close(self) -> None:
+        """Give back the connections that were opened."""
+        if (store := self.__dict__.pop("store", None)) is not None:
+            store.close()
+
     def resolve_base(self, request: JobRequest) -> tuple[wire.Download, ...]:
         return self.bases.resolve(request.base, request.base_family)
 

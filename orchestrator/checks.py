@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 
 import redis
 
 from infra.wiring import Services
+from state.events import Secret
 
 Check = Callable[[], str | None]
 #: A worker or beat unheard for so long is down.
@@ -36,6 +39,8 @@ def _redis(have: Services) -> str | None:
     with redis.Redis.from_url(url, socket_timeout=2, socket_connect_timeout=2) as client:
         try:
             client.ping()
+        except redis.AuthenticationError:
+            return "Redis refuses the password"
         except redis.RedisError as error:
             return f"Redis does not answer ({type(error).__name__})"
     return None
@@ -53,3 +58,10 @@ def _heard(have: Services, name: str) -> str | None:
         return "was never heard of; is `stoker worker` and `stoker beat` running?"
     age = have.clock() - beats[name][0]
     return f"was last heard {age.total_seconds():.0f} s ago" if age > STALE else None
+
+
+def proof(key: Secret, challenge: str) -> str:
+    """What shows whoever knows `key`, one of STOKER_SECRET_KEYS, that the answer comes from an
+    installation that knows it too; to others it says nothing."""
+    mine = hmac.new(key.reveal().encode(), b"stoker doctor", hashlib.sha256).digest()
+    return hmac.new(mine, challenge.encode(), hashlib.sha256).hexdigest()

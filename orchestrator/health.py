@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from typing import Any
 
-from flask import Blueprint, Response, jsonify
+from flask import Blueprint, Response, jsonify, request
 
 from gpu_agent import wire
 from infra import logs
 from orchestrator.api.problems import Refusal, respond
+from orchestrator.checks import proof
 from orchestrator.deps import Deps
 from orchestrator.metrics import CONTENT_TYPE, Metrics
 
 _log = logs.logger(__name__)
+#: What a doctor sends to be proven; fresh each time.
+CHALLENGE = re.compile(r"[0-9a-f]{32}")
 
 
 def readiness(checks: Mapping[str, Callable[[], str | None]]) -> dict[str, dict[str, Any]]:
@@ -29,7 +33,7 @@ def readiness(checks: Mapping[str, Callable[[], str | None]]) -> dict[str, dict[
     return parts
 
 
-def _version() -> str:
+def version_here() -> str:
     try:
         return metadata.version("stoker")
     except metadata.PackageNotFoundError:  # run from a checkout that was never installed
@@ -69,7 +73,11 @@ def health(deps: Deps, metrics: Metrics, spec: Callable[[], dict[str, Any]]) -> 
 
     @blueprint.get("/version")
     def version() -> Response:
-        return jsonify(version=_version(), wire=wire.VERSION)
+        known = {"version": version_here(), "wire": wire.VERSION}
+        challenge, keys = request.args.get("challenge", ""), deps.settings.secret_keys
+        if CHALLENGE.fullmatch(challenge) and keys:  # the doctor asks whether this is us
+            known["proof"] = proof(keys[0], challenge)
+        return jsonify(known)
 
     @blueprint.get("/openapi.json")
     def openapi() -> Response:

@@ -11,7 +11,7 @@ import typer
 
 from infra.embedded import EmbeddedError
 from infra.settings import SettingsError
-from orchestrator.cli import bench, demo, docs, hosts, jobs, sandbox, servers, sim
+from orchestrator.cli import bench, demo, docs, doctor, hosts, jobs, sandbox, servers, sim
 from orchestrator.cli.console import CliError, Exit, report
 from state.errors import StokerError
 
@@ -34,6 +34,7 @@ def make_app(*, plain: bool = False) -> typer.Typer:
     jobs.register(app)
     hosts.register(app)
     servers.register(app)
+    doctor.register(app)
     sandbox.register(app)
     bench.register(app)
     sim.register(app)

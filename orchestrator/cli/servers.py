@@ -1,4 +1,4 @@
-"""Commands for those who run Stoker: up, serve, worker, beat, keys, db, doctor, sweep."""
+"""Commands for those who run Stoker: up, serve, worker, beat, keys, db, sweep."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
@@ -25,7 +25,6 @@ from infra.settings import Settings, SettingsError
 from infra.storage import Storage
 from infra.wiring import Services, utc_now
 from orchestrator.api.ids import new_id
-from orchestrator.checks import ready_checks
 from orchestrator.cli.client import beside, beside_file
 from orchestrator.cli.console import CliError, Exit, err, out, print_json, print_rows
 from orchestrator.cli.processes import (
@@ -41,8 +40,7 @@ from orchestrator.cli.processes import (
     web_argv,
     worker_argv,
 )
-from state import alarms, brakes
-from state.alarms import Alarm, Severity
+from state import brakes
 from state.diagram import markdown
 from state.errors import StokerError
 from state.events import ApiKey
@@ -60,7 +58,7 @@ READY_S = 30.0
 
 
 def register(app: typer.Typer) -> None:
-    for command in (up, serve, worker, beat, doctor, sweep, diagram):
+    for command in (up, serve, worker, beat, sweep, diagram):
         app.command()(command)
     app.command("stop-renting")(stop_renting)
     app.command("resume-renting")(resume_renting)
@@ -403,105 +401,6 @@ def _database_url() -> str:
 
 # --- looking after it -------------------------------------------------------------------------
 
-#: What to do about a part that is not well.
-MENDS = {
-    "database": "check DATABASE_URL and STOKER_SECRET_KEYS, then `stoker db upgrade`",
-    "redis": "check REDIS_URL; without Redis jobs go on slowly, nothing is lost",
-    "s3": "check S3_ENDPOINT, S3_BUCKET and the AWS keys",
-    "worker": "start `stoker worker`",
-    "beat": "start `stoker beat`",
-    "vast": "check VAST_API_KEY, VAST_URL and the account's credit",
-    "public": "set STOKER_PUBLIC_URL to what rented machines can reach, and start `stoker serve`",
-    "sweep": "see the worker's log; instances may be running unseen",
-}
-#: Alarms that the parts above tell of.
-SAID = frozenset({"worker.stale", "beat.stale", "sweep.stale"})
-#: Those that ask the database.
-BEHIND_DATABASE = ("worker", "beat", "sweep")
-
-
-def doctor(as_json: AsJson = False) -> None:
-    """Check every part; exit 3 when something is wrong.
-
-    Example: stoker doctor
-    """
-    have = Services(here())
-    faults = examine(have)
-    # What a part's own check says already is not said twice.
-    red = [] if faults["database"] else [item for item in _alarms(have) if item.code not in SAID]
-    if as_json:
-        parts: dict[str, Any] = {
-            name: {"ok": not fault, "fault": fault, "mend": fault and MENDS[name]}
-            for name, fault in faults.items()
-        }
-        print_json(parts | {item.code: _alarm_row(item) for item in red})
-    else:
-        for name, fault in faults.items():
-            words = f"{fault}; mend: {MENDS[name]}" if fault else "well"
-            out.print("[red]✘[/]" if fault else "[green]✔[/]", end=" ")
-            out.print(f"{name:9} {words}", markup=False, soft_wrap=True)
-        for item in red:
-            out.print(
-                "[red]✘[/]" if item.severity is Severity.CRITICAL else "[yellow]![/]", end=" "
-            )
-            words = f"{item.code}: {item.message}; mend: {item.mend}"
-            out.print(words, markup=False, soft_wrap=True)
-    if any(faults.values()) or red:
-        raise typer.Exit(int(Exit.DOCTOR))
-
-
-def _alarms(have: Services) -> list[Alarm]:
-    settings = have.settings
-    with have.store.transaction() as tx:
-        return alarms.standing(tx, settings.limits, have.clock(), kill_switch=settings.kill_switch)
-
-
-def _alarm_row(item: Alarm) -> dict[str, Any]:
-    """As a part that is not well."""
-    said = {"severity": item.severity, "since": item.since.isoformat()}
-    return {"ok": False, "fault": item.message, "mend": item.mend, **said}
-
-
-def examine(have: Services) -> dict[str, str | None]:
-    """What is wrong with each part, in one line without secrets; None where all is well."""
-    checks: dict[str, Callable[[], str | None]] = {
-        **ready_checks(have),
-        "vast": lambda: _vast(have),
-        "public": lambda: _public(have.settings),
-        "sweep": lambda: _swept(have),
-    }
-    if not have.settings.redis_url.reveal():
-        checks["redis"] = lambda: "REDIS_URL is not set, and no `stoker up` runs here"
-    found: dict[str, str | None] = {}
-    for name, check in checks.items():
-        if found.get("database") and name in BEHIND_DATABASE:
-            found[name] = "cannot be told without the database"
-        else:
-            found[name] = _fault(check)
-    return found
-
-
-def _fault(check: Callable[[], str | None]) -> str | None:
-    try:
-        found = check()
-    except (StokerError, SettingsError) as error:
-        found = str(error) or type(error).__name__
-    except Exception as error:  # noqa: BLE001 -- the doctor names every fault, whatever it is
-        # its text might hold a URL with a password
-        found = type(error).__name__
-    return " ".join(found.split())[:300] if found else None
-
-
-def _public(settings: Settings) -> str | None:
-    url = settings.public_url
-    if is_local(url) and settings.vast_url == Settings.vast_url:
-        return f"rented machines cannot reach {url}"
-    try:
-        answer = requests.get(f"{url}/healthz", timeout=5, allow_redirects=False)
-    except requests.RequestException as error:
-        return f"{url} does not answer ({type(error).__name__})"
-    return None if answer.ok else f"{url}/healthz answers {answer.status_code}"
-
 
 def is_local(url: str) -> bool:
     """Whether only this machine, or its own network, can reach `url`."""
@@ -510,20 +409,6 @@ def is_local(url: str) -> bool:
         return not ipaddress.ip_address(host).is_global
     except ValueError:
         return "." not in host or host.endswith((".local", ".localhost", ".internal"))
-
-
-def _vast(have: Services) -> str | None:
-    account = have.provider.account()
-    return None if account.credit > 0 else "the account has no credit"
-
-
-def _swept(have: Services) -> str | None:
-    with have.store.transaction() as tx:
-        beats = tx.beats()
-    if "sweep" not in beats:
-        return "no sweep has compared the account with our leases yet"
-    age = (have.clock() - beats["sweep"][0]).total_seconds()
-    return f"the last sweep was {age:.0f} s ago" if age > 180 else None
 
 
 def sweep(

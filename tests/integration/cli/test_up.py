@@ -83,7 +83,7 @@ def up(operator):
 
 def doctor(operator, **env):
     code, out, _ = operator.run("doctor", "--json", **env)
-    return code, json.loads(out)
+    return code, {item["part"]: item for item in json.loads(out)["parts"]}
 
 
 def test_commands_beside_it_know_its_settings(operator, up):
@@ -91,7 +91,7 @@ def test_commands_beside_it_know_its_settings(operator, up):
     until = time.monotonic() + PATIENCE_S
     while True:
         _, parts = doctor(operator)
-        unwell = {name for name, part in parts.items() if not part["ok"]}
+        unwell = {name for name, part in parts.items() if part["severity"] == "critical"}
         if unwell <= {"sweep"}:
             break
         assert time.monotonic() < until, parts
@@ -110,7 +110,7 @@ def test_the_doctor_names_each_fault_with_its_mend_and_no_secret(operator, up):
     for name, word in (("redis", "Redis does not answer"), ("vast", "401"), ("s3", "NoSuchBucket")):
         assert word in lines[name]
         assert "; mend: " in lines[name]
-    assert lines["database"].endswith("well")
+    assert lines["database"].startswith("✔")
     assert "hunter2" not in out + err
 
 
