@@ -22,7 +22,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from infra.provider import LaunchSpec, Provider
-from state import brakes, money, policy, ranking, record, renting
+from state import brakes, money, policy, ranking, record, rehearsal, renting
 from state.errors import AccountFault, NotFound, ProviderError, Refused, Throttled
 from state.events import Attempt
 from state.job import GpuNeeds, Job, Reason, Status
@@ -64,6 +64,16 @@ class Terms:
         """Unique for each create call; begins with what the sweep calls ours."""
         return f"{self.deployment}/{job.id}/{job.attempt}-{secrets.token_hex(4)}"
 
+    @property
+    def rehearsed(self) -> bool:
+        """Whether these are the terms of machines that only pretend."""
+        return rehearsal.is_marked(self.deployment)
+
+    @property
+    def pace(self) -> float:
+        """How many seconds are paid for in one real second."""
+        return rehearsal.pace_of(self.deployment)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Renter:
@@ -80,11 +90,16 @@ class Renter:
 
         Whatever stands in the way is written on the job (`progress.gpu_search`), with the time
         of the next try. Raises `Unknown` only after the lease says so too.
+
+        A job is rented for on its own market only: what a test key ordered never gets a real
+        machine, and what is real never one that pretends.
         """
         with self.store.transaction() as tx:
             try:
                 job = tx.job(job_id)
             except NotFound:
+                return None
+            if (job.request.rehearsal is not None) is not self.terms.rehearsed:
                 return None
             leases = tx.leases_of(job.id)
             if not renting.wanted(job, leases, self.clock(), self.rules):
@@ -159,6 +174,9 @@ class Renter:
         return renting.wanted(job, tx.leases_of(job.id), self.clock(), self.rules)
 
     def _book(self, tx: Transaction) -> brakes.Book:
+        if self.terms.rehearsed:
+            # Nobody's money, so no budget, no credit, no breaker; and no operator's word.
+            return brakes.Book(leases=tx.open_rehearsals(), beats={})
         return brakes.read(tx, self.terms.limits, self.clock(), self.rules)
 
     def _stopped(self, book: brakes.Book) -> Reason | None:
@@ -176,11 +194,12 @@ class Renter:
         """
         now = self.clock()
         with self.store.transaction() as tx:
-            tx.lock("rent")
+            tx.lock("rehearse" if self.terms.rehearsed else "rent")
             job = tx.job(job_id, lock=True)
             if not self._wanted(tx, job):
                 return None
-            leases, closed = tx.leases_of(job.id), tx.spend_of(job.id)
+            leases = tx.leases_of(job.id)
+            closed = money.closed(leases, now)
             taken = tx.offers_taken([offer.id for offer in offers])
             # The machines that failed the job may be more by now than when the market was asked.
             failed = job.excluded_machines
@@ -193,7 +212,8 @@ class Renter:
                 self._explain(tx, job, OTHERS_FIRST, now)
                 return None
             spans = {offer.id: self._span(job, offer, work, leases, closed, now) for offer in free}
-            offer = next((item for item in free if spans[item.id] >= money.LEAST_SPAN), None)
+            least = money.LEAST_SPAN / self.terms.pace
+            offer = next((item for item in free if spans[item.id] >= least), None)
             if offer is None and any(lease.open for lease in leases):
                 words = "the job's cap pays for no second machine"
                 self._explain(tx, job, words, now, code=money.JOB)
@@ -227,7 +247,8 @@ class Renter:
         """How long the job can pay for `offer`."""
         moved = search.bandwidth(offer, work)
         remaining, race = money.left(job, closed, leases, now), _race(job, now)
-        return money.span(offer.price, moved, remaining, _racing(leases), race, self.rules)
+        price = round(offer.price * self.terms.pace)
+        return money.span(price, moved, remaining, _racing(leases), race, self.rules)
 
     def _shorten(
         self,
@@ -241,7 +262,8 @@ class Renter:
     ) -> None:
         """The machine that `rival` is rented beside leaves it what the race costs."""
         remaining = money.left(job, closed, leases, now) - money.bandwidth(rival)
-        pays = money.span(lease.price, 0, remaining, [rival], _race(job, now), self.rules)
+        price = round(lease.price * lease.pace)
+        pays = money.span(price, 0, remaining, [rival], _race(job, now), self.rules)
         lease = lease.evolve(expires_at=min(lease.expires_at, now + pays))
         due_at = min(lease.due_at or lease.expires_at, lease.expires_at)
         tx.save_lease(lease.evolve(reserved=money.worst(lease), due_at=due_at))
@@ -296,7 +318,8 @@ class Renter:
             when = record.rfc3339(now)
             words = f"rented {lease.gpu_name} on machine {lease.machine_id} at {when}"
             # Those that were lost before cost what they cost; this one what it is expected to.
-            quoted = tx.spend_of(job.id) + round(choice.expected(offer).cost)
+            lost = money.closed(tx.leases_of(job.id), now)
+            quoted = lost + round(choice.expected(offer).cost)
             job = _with_search(
                 job, words, gpu_choice=choice.explain(offer), gpu_wait=None, quoted=quoted
             )

@@ -36,7 +36,9 @@ _log = structlog.get_logger()
 class Keeper:
     """Looks after leases. Every verb may be repeated at any time, by several at once.
 
-    `image_bytes` is what a machine pulls before our script runs.
+    `image_bytes` is what a machine pulls before our script runs. With `rehearsed` it looks after
+    the leases of machines that only pretend, and else after all others: what is of the other kind
+    is left alone, whoever asks.
     """
 
     store: Store
@@ -44,6 +46,7 @@ class Keeper:
     clock: Callable[[], datetime]
     rules: Policy = policy.DEFAULT
     image_bytes: int = 4_000_000_000
+    rehearsed: bool = False
 
     def release_job(self, job_id: str) -> None:
         """Destroy, and then observe, whatever the job has that must go."""
@@ -80,7 +83,7 @@ class Keeper:
 
     def _is_doubtful(self, leases: Sequence[Lease], listed: Sequence[Instance]) -> bool:
         """Whether a list that seems to prove something shows too little to be believed."""
-        if all(_of(lease, listed) for lease in leases):
+        if self.rehearsed or all(_of(lease, listed) for lease in leases):
             return False
         with self.store.transaction() as tx:
             return renting.not_believable(tx.open_leases(), {item.id for item in listed})
@@ -96,6 +99,8 @@ class Keeper:
             except NotFound:
                 return
             lease = tx.lease(lease_id, lock=True)
+            if lease.rehearsed is not self.rehearsed:
+                return
             early = lease.expires_at - renting.LAST_WORDS
             if lease.status is not LeaseStatus.RENTED or now < early:
                 return
@@ -120,6 +125,8 @@ class Keeper:
             lease = tx.lease(lease_id, lock=True)
             job = tx.job(lease.job)
         except NotFound:
+            return None
+        if lease.rehearsed is not self.rehearsed:
             return None
         now = self.clock()
         why = renting.wants_release(lease, job, now)
@@ -231,8 +238,10 @@ class Keeper:
         if lease.rented_at is not None:
             received, sent = self._traffic(tx, lease)
             lease = lease.evolve(received=received, sent=sent)
-            lease = lease.evolve(cost=money.cost(lease, now).total, due_at=now + billing.ASKS[0])
-            tx.add_spend(lease=lease.id, job=lease.job, at=now, amount=lease.cost)
+            lease = lease.evolve(cost=money.cost(lease, now).total)
+            if not lease.rehearsed:  # for which nobody sends an invoice
+                lease = lease.evolve(due_at=now + billing.ASKS[0])
+                tx.add_spend(lease=lease.id, job=lease.job, at=now, amount=lease.cost)
         tx.save_lease(lease)
         job = tx.job(lease.job, lock=True)
         if job.active and job.attempt == lease.attempt and job.last_heard_at is None:
@@ -381,7 +390,7 @@ def sweep(keeper: Keeper, deployment: str, *, dry_run: bool = False) -> Swept:
     credit = _read_credit(keeper, now)
     if doubtful:
         _log.error("sweep: the list shows none of our machines; not believed yet", sight=doubts)
-    lost = () if doubtful else tuple(_lost(keeper, leases, listed, now, credit))
+    lost = () if doubtful else tuple(stall_lost(keeper, leases, listed, now, credit))
     with keeper.store.transaction() as tx:
         suspects = [item.id for item in unowned]
         strangers = [item for item in swept.sights if item.verdict in _STRANGE]
@@ -439,7 +448,7 @@ def _read_credit(keeper: Keeper, now: datetime) -> int | None:
     return there
 
 
-def _lost(
+def stall_lost(
     keeper: Keeper,
     leases: Sequence[Lease],
     listed: Sequence[Instance],

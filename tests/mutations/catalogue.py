@@ -273,7 +273,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         invariant="I4",
         what="two jobs may decide at once, each on the same money",
         path="tasks/allocate.py",
-        old='            tx.lock("rent")\n',
+        old='            tx.lock("rehearse" if self.terms.rehearsed else "rent")\n',
         new="",
         tests=(_AT_ONCE + "test_two_jobs_that_rent_at_once_stay_within_the_limit_together",),
     ),
@@ -692,9 +692,9 @@ MUTATIONS: tuple[Mutation, ...] = (
         old=(
             "            if not self._wanted(tx, job):\n"
             "                return None\n"
-            "            leases, closed = "
+            "            leases = "
         ),
-        new="            leases, closed = ",
+        new="            leases = ",
         tests=(_RACES + "test_two_workers_with_the_same_message_rent_once",),
     ),
     Mutation(
