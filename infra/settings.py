@@ -42,6 +42,7 @@ class Settings:
     s3_access_key: str = field(default="", repr=False)
     s3_secret_key: Secret = field(default=Secret(""), repr=False)
     public_url: str = "http://127.0.0.1:8400"
+    test_url: str = ""
     bind: str = "127.0.0.1:8400"
     secret_keys: tuple[Secret, ...] = field(default=(), repr=False)
     vast_url: str = "https://console.vast.ai"
@@ -220,6 +221,11 @@ GROUPS: Mapping[str, tuple[Setting, ...]] = {
         Setting(
             "STOKER_PUBLIC_URL", "public_url", URL,
             "how rented machines and customers reach `stoker serve`; HTTPS, without a path",
+        ),
+        Setting(
+            "STOKER_TEST_URL", "test_url", URL,
+            "how test mode's machines, which run in the workers, reach this installation; where "
+            "it is empty, as rented ones do",
         ),
         Setting("STOKER_BIND", "bind", TEXT, "where `stoker serve` listens"),
         Setting(

@@ -14,6 +14,7 @@ from infra.agent_bundle import Bundle, build_bundle, onstart_script
 from infra.crypto import SecretBox
 from infra.models import BaseResolver
 from infra.provider import Provider
+from infra.rehearsal import Market, Stage
 from infra.settings import Settings, SettingsError
 from infra.storage import Storage
 from infra.store import SqlStore
@@ -54,6 +55,11 @@ class Services:
             raise SettingsError("VAST_API_KEY is not set; Vast.ai shows it under Account")
         pace = self.settings.vast_pace
         return VastProvider(key.reveal(), self.settings.vast_url, spacing=pace)
+
+    @cached_property
+    def rehearsals(self) -> Market:
+        """The market of machines that only pretend, for what test keys order."""
+        return Stage(self.store, self.clock).market
 
     @cached_property
     def bundle(self) -> Bundle:

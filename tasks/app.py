@@ -33,6 +33,7 @@ from tasks.dataset import DatasetBuilder
 from tasks.deallocate import Keeper
 from tasks.deallocate import sweep as sweep_account
 from tasks.life import live
+from tasks.rehearse import Rehearsals
 from tasks.relay import Answer, EndpointRefused, NoAnswer, Relay
 from tasks.schedule import EXPIRES_S
 from tasks.verify import Verifier
@@ -138,6 +139,19 @@ def keeper() -> Keeper:
 
 
 @cache
+def rehearsals() -> Rehearsals:
+    have = services()
+    url = have.settings.test_url or have.settings.public_url
+    return Rehearsals(
+        store=have.store,
+        market=have.rehearsals,
+        terms=dataclasses.replace(terms(have), public_url=url),
+        clock=have.clock,
+        rules=rules(have),
+    )
+
+
+@cache
 def relayer() -> Relay:
     have = services()
 
@@ -166,18 +180,28 @@ def allocate_gpu(job_ids: list[str]) -> None:
     for job_id in job_ids:
         with structlog.contextvars.bound_contextvars(job=job_id):
             renter().allocate(job_id)
+    # What is real comes first, here and below: a rehearsal can neither stop nor delay it.
+    for job_id in job_ids:
+        with structlog.contextvars.bound_contextvars(job=job_id):
+            rehearsals().allocate(job_id)
 
 
 @app.task(name="deallocate_gpu")
 def deallocate_gpu(job_ids: list[str]) -> None:
     for job_id in job_ids:
         with structlog.contextvars.bound_contextvars(job=job_id):
-            keeper().release_job(job_id)
+            try:
+                keeper().release_job(job_id)
+            finally:
+                rehearsals().release_job(job_id)
 
 
 @app.task(name="tend_leases")
 def tend_leases(lease_ids: list[str]) -> None:
-    keeper().tend(lease_ids)
+    try:
+        keeper().tend(lease_ids)
+    finally:
+        rehearsals().tend(lease_ids)
 
 
 @app.task(name="build_dataset")
@@ -227,7 +251,10 @@ def reconcile() -> None:
 
 @app.task(name="sweep")
 def sweep(_: Sequence[str] = ()) -> None:
-    sweep_account(keeper(), services().settings.deployment)
+    try:
+        sweep_account(keeper(), services().settings.deployment)
+    finally:
+        rehearsals().sweep()
 
 
 @app.task(name="measure")

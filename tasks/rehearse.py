@@ -8,7 +8,7 @@ other does not notice.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -64,6 +64,20 @@ class Rehearsals:
             clock=self.clock,
             rules=policy.for_job(job, self.rules),
         ).allocate(job_id)
+
+    def tend(self, lease_ids: Sequence[str]) -> None:
+        """As `Keeper.tend`, for those of these leases that are a rehearsal's."""
+        with self.store.transaction() as tx:
+            mine = [name for name in lease_ids if tx.lease(name).rehearsed]
+        if mine:
+            self.keeper.tend(mine)
+
+    def release_job(self, job_id: str) -> None:
+        """As `Keeper.release_job`."""
+        with self.store.transaction() as tx:
+            opened = [lease.id for lease in tx.leases_of(job_id) if lease.open and lease.rehearsed]
+        if opened:
+            self.keeper.tend(opened)
 
     @property
     def keeper(self) -> Keeper:
