@@ -136,8 +136,8 @@ def install(pages: Blueprint, deps: Deps, csrf: CSRFProtect) -> None:
     @pages.route("/login", methods=["GET", "POST"])
     def login() -> AnyResponse | str | tuple[str, int]:
         if request.method == "GET":
-            return render_template("login.html", fault="", next=_inside(request.args.get("next")))
-        where = _inside(request.form.get("next"))
+            return render_template("login.html", fault="", next=inside(request.args.get("next")))
+        where = inside(request.form.get("next"))
         key = request.form.get("key", "").strip()
         quota, address = limits.of_app(), request.remote_addr or ""
         left = quota.look("logins", address)
@@ -195,7 +195,7 @@ def key_hash() -> str:
     return known
 
 
-def _inside(path: str | None) -> str:
+def inside(path: str | None) -> str:
     """`path`, if it stays here: one slash first, and no backslash that a browser reads as one."""
     if path and path.startswith("/") and not path.startswith("//") and "\\" not in path:
         return path
