@@ -18,11 +18,13 @@ from orchestrator import dashboard, streams
 from orchestrator.agent_api import agent_api
 from orchestrator.api import limits, problems
 from orchestrator.api.datasets import datasets
+from orchestrator.api.deliveries import deliveries
 from orchestrator.api.hosts import hosts
 from orchestrator.api.jobs import jobs
 from orchestrator.api.operators import operators
 from orchestrator.api.reads import reads
 from orchestrator.api.streams import describe as describe_streams
+from orchestrator.api.webhook_endpoints import webhook_endpoints
 from orchestrator.attempt_auth import AttemptAuth
 from orchestrator.deps import Deps
 from orchestrator.health import health
@@ -83,6 +85,8 @@ def create_app(deps: Deps) -> OpenAPI:
     app.register_api(datasets(deps, waker))
     app.register_api(jobs(deps, waker))
     app.register_api(reads(deps))
+    app.register_api(webhook_endpoints(deps, waker))
+    app.register_api(deliveries(deps, waker))
     app.register_api(hosts(deps))
     app.register_api(operators(deps))
     app.register_blueprint(agent_api(deps, auth, waker))
@@ -109,6 +113,7 @@ def spec_of(app: OpenAPI) -> dict[str, Any]:
     for path in spec["paths"].values():
         for operation in path.values():
             operation["responses"] = dict(sorted((operation["responses"] | common).items()))
+    describe_streams(spec)
     return spec
 
 

@@ -120,6 +120,7 @@ def sample(kind: str, endpoint: Endpoint, seq: int, timestamp: str) -> dict[str,
         "job": SAMPLE_JOB,
         "seq": seq,
         "attempt": 1,
+        "livemode": False,
         "metadata": {"sample": "true"},
     }
     return {**envelope, "data": {**shown, **_SAMPLES[kind], "endpoint": endpoint.id}}

@@ -183,11 +183,14 @@ def _lease(value: Lease, now: datetime) -> schemas.Lease:
 def delivery(value: Outgoing, tries: Iterable[Delivery]) -> schemas.Delivery:
     return schemas.Delivery(
         id=value.id,
+        job=None if value.job == value.endpoint else value.job,
+        endpoint=value.endpoint or None,
         seq=value.seq,
         type=value.type,
         status=value.status,
         created_at=value.created_at,
         due_at=value.due_at,
+        ended_at=value.ended_at,
         tries=[
             schemas.Try(
                 tried_at=item.tried_at,

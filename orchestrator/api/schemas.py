@@ -155,15 +155,17 @@ class GpuIn(In):
     min_cuda: Annotated[float, Field(ge=0, le=100)] = 12.4
 
 
+WebhookSecret = Annotated[str, Field(max_length=128, pattern=r"^whsec_[A-Za-z0-9+/]+={0,2}$")]
+
+
 class WebhookIn(In):
     """Where this job's transitions are told. A secret is made when none is given."""
 
     url: Annotated[str, Field(min_length=1, max_length=2048)]
-    secret: (
-        Annotated[str, Field(max_length=128, pattern=r"^whsec_[A-Za-z0-9+/]+={0,2}$")] | None
-    ) = Field(default=None, repr=False)
+    secret: WebhookSecret | None = Field(default=None, repr=False)
 
 
+Family = Literal["sd1", "sd2", "sdxl", "sd3", "flux", "lumina2", "hunyuanimage", "anima"]
 MetadataKey = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,40}$")]
 MetadataValue = Annotated[str, Field(max_length=500), AfterValidator(_storable)]
 
@@ -178,9 +180,7 @@ class JobIn(In):
         ),
     ]
     method: Literal["lora"] = "lora"
-    base_family: Literal[
-        "sd1", "sd2", "sdxl", "sd3", "flux", "lumina2", "hunyuanimage", "anima"
-    ] = "sd1"
+    base_family: Family = "sd1"
     recipe: dict[str, Any] = Field(default={}, description="how to train; see the docs")
     gpu: GpuIn = GpuIn()
     max_cost: Annotated[
@@ -425,12 +425,17 @@ class Try(Out):
 
 
 class Delivery(Out):
+    """One webhook owed to one place."""
+
     id: str = Field(description="the webhook-id")
+    job: str | None = Field(description="null: a test of the endpoint")
+    endpoint: str | None = Field(description="null: the job's own webhook")
     seq: int
     type: str
     status: OutgoingStatus
     created_at: datetime
     due_at: datetime | None
+    ended_at: datetime | None = Field(description="when it was delivered, given up or disabled")
     tries: list[Try]
 
 
