@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from gpu_agent import wire
+from infra.provider import Provider
 from infra.settings import Settings
 from state.job import JobRequest
 from state.store import Store
@@ -57,6 +58,7 @@ class Deps:
         resolve_base: the short-lived downloads of a job's base model: its own file, then parts.
         ready_checks: by part; None is well, a text says what is wrong.
         pause: waits so many seconds; long polls use it.
+        market: opens the door to the GPU market; raises SettingsError where none is set.
         metrics_dir: where the processes of one server share their counters; None for one process.
     """
 
@@ -69,4 +71,5 @@ class Deps:
     settings: Settings
     ready_checks: Mapping[str, Callable[[], str | None]] = field(default_factory=dict)
     pause: Callable[[float], None] = time.sleep
+    market: Callable[[], Provider] | None = None
     metrics_dir: Path | None = None

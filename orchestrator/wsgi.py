@@ -42,6 +42,7 @@ def make_app() -> Flask:
             resolve_base=have.resolve_base,
             settings=have.settings,
             ready_checks=ready_checks(have),
+            market=lambda: have.provider,
             metrics_dir=Path(shared) if shared else None,
         )
     )

@@ -196,10 +196,14 @@ def expect(
 @dataclass(frozen=True, kw_only=True)
 class Choice:
     """Offers by the expected cost of the finished job, cheapest first, and why others are none:
-    how many by reason."""
+    each with its reason (`barred`), and how many by reason."""
 
     ranked: tuple[tuple[Offer, Expectation], ...] = ()
-    refused: Mapping[str, int] = field(default_factory=dict)
+    barred: tuple[tuple[Offer, str], ...] = ()
+
+    @property
+    def refused(self) -> Mapping[str, int]:
+        return dict(Counter(reason for _, reason in self.barred))
 
     @property
     def offers(self) -> list[Offer]:
@@ -257,25 +261,25 @@ def choose(
     known = Knowledge.of(hosts)
     ranked: list[tuple[Offer, Expectation]] = []
     doubtful: list[tuple[Offer, Expectation]] = []
-    refused: Counter[str] = Counter()
+    barred: list[tuple[Offer, str]] = []
     for offer in offers:
         expected = expect(offer, work, known, now)
         lasts_s = expected.boot_s + expected.download_s + expected.training_s
         shunned = memory.shunned(known.hosts.get(offer.machine_id), now, rules)
         if offer.machine_id in excluded:
-            refused["failed this job before, or tried for it now"] += 1
+            barred.append((offer, "failed this job before, or tried for it now"))
         elif shunned and shunned != memory.FAILED_LATELY:
-            refused[shunned] += 1
+            barred.append((offer, shunned))
         elif offer.duration_s and offer.duration_s < ENDS_TOO_SOON * lasts_s:
-            refused["ending before the job would"] += 1
+            barred.append((offer, "ending before the job would"))
         else:
             (doubtful if shunned else ranked).append((offer, expected))
     if not ranked and waited >= rules.last_resort:
         ranked = doubtful
-    elif doubtful:
-        refused[memory.FAILED_LATELY] += len(doubtful)
+    else:
+        barred += [(offer, memory.FAILED_LATELY) for offer, _ in doubtful]
     ranked.sort(key=lambda row: (row[1].cost, row[0].id))
-    return Choice(ranked=tuple(ranked), refused=dict(refused))
+    return Choice(ranked=tuple(ranked), barred=tuple(barred))
 
 
 #: A contract must last so many times longer than the job is expected to.

@@ -9,7 +9,7 @@ from flask import Response
 from flask_openapi.blueprint import APIBlueprint
 from flask_openapi.models.tag import Tag
 
-from orchestrator.api import account, auth, instances, present, schemas, spend
+from orchestrator.api import account, auth, instances, offers, present, schemas, spend, sweeps
 from orchestrator.deps import Deps
 from state import alarms
 
@@ -23,7 +23,7 @@ def operators(deps: Deps) -> APIBlueprint:
         abp_security=[{"key": []}],
     )
     api.before_request(lambda: auth.admit_operator(deps.store))
-    for part in (instances, spend, account):
+    for part in (instances, spend, account, sweeps, offers):
         part.register(api, deps)
 
     @api.get("/alarms", operation_id="list_alarms", responses={"200": schemas.Alarms})

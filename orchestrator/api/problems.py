@@ -71,6 +71,7 @@ TABLE: tuple[tuple[type[Exception], int, str, bool], ...] = (
     (wire.WireError, 422, "invalid_report", False),
     (errors.StoreUnavailable, 503, "database_unavailable", True),
     (errors.StorageError, 503, "storage_unavailable", True),
+    (errors.ProviderError, 503, "market_unavailable", True),
     (RecursionError, 400, "too_deep", False),
 )
 #: Seconds after which a 503 is worth another try.

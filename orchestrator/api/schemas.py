@@ -170,6 +170,23 @@ MetadataKey = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,40}$")]
 MetadataValue = Annotated[str, Field(max_length=500), AfterValidator(_storable)]
 
 
+class RehearsalIn(In):
+    """What a test key rehearses."""
+
+    fixture: Literal[
+        "test_success",
+        "test_oom",
+        "test_host_dies",
+        "test_no_offers",
+        "test_slow_boot",
+        "test_bad_weights",
+        "test_fails",
+    ] = "test_success"
+    time_scale: Annotated[
+        float, Field(ge=1, le=600, description="seconds of it that pass in one real second")
+    ] = 60.0
+
+
 class JobIn(In):
     dataset_id: Annotated[str, Field(max_length=64)]
     base: Annotated[
@@ -196,6 +213,11 @@ class JobIn(In):
         default=True,
         description="rent a second machine when the first is slow to boot; the job gets the one "
         "that is ready first, and pays for both",
+    )
+    test: RehearsalIn | None = Field(
+        default=None,
+        description="with a test key (`stk_test_…`) only: which part the machines play, and how "
+        "fast; nothing real is rented or spent",
     )
     webhook: WebhookIn | None = None
     metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)] = {}
@@ -312,10 +334,19 @@ class ResultFile(Out):
     url: str = Field(description="redirects to a short-lived download")
 
 
+class Rehearsal(Out):
+    """What is rehearsed, and how many of its seconds pass in one real second."""
+
+    fixture: str
+    time_scale: float
+
+
 class JobSummary(Out):
     """A job as a line of a list."""
 
     id: str
+    livemode: bool = Field(default=True, description="false for what a test key ordered")
+    test: Rehearsal | None = Field(default=None, description="what it rehearses, if it does")
     status: Status
     stalled_from: Status | None
     reason: Reason | None
