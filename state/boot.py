@@ -103,20 +103,36 @@ def _no_image(seen: Seen) -> Reason | None:
 def _stuck(
     lease: Lease, seen: Seen, retrying: bool, stood: timedelta, rules: Policy
 ) -> Reason | None:
-    if seen.phase == "lost":
-        limit, what = rules.lost, "the market has lost sight of the host"
-    elif retrying:
-        limit, what = rules.boot_retrying, "the download of the image is tried again and again"
-    elif seen.phase == "running":
-        limit, what = rules.boot_stuck, "the instance runs, and its agent was never heard"
-    else:
-        limit, what = rules.boot_stuck, "the boot is stuck"
+    limit, what = _patience(seen.phase, retrying, rules)
     if stood < limit:
         return None
     since = f"{what}, for {policy.words(stood)}"
     if seen.phase == "lost":
         return Reason(code="host.lost", message=since)
     return _boot(since, seen)
+
+
+def _patience(phase: str, retrying: bool, rules: Policy) -> tuple[timedelta, str]:
+    """How long a boot may stand still, and what it is then."""
+    if phase == "lost":
+        return rules.lost, "the market has lost sight of the host"
+    if retrying:
+        return rules.boot_retrying, "the download of the image is tried again and again"
+    if phase == "running":
+        return rules.boot_stuck, "the instance runs, and its agent was never heard"
+    return rules.boot_stuck, "the boot is stuck"
+
+
+def stuck_from(
+    lease: Lease, rules: Policy = policy.DEFAULT, since: datetime = ALWAYS
+) -> datetime | None:
+    """When a booting machine counts as stuck, if the market says nothing else of it until then;
+    None while it said nothing, or when its agent was heard."""
+    if lease.noted_at is None or lease.ready_at is not None:
+        return None
+    phase, _, said = lease.note.partition(": ")
+    limit, _ = _patience(phase, bool(_RETRYING.search(said)), rules)
+    return max(lease.noted_at, since) + limit
 
 
 def _boot(what: str, seen: Seen) -> Reason:

@@ -56,6 +56,12 @@ def read(tx: Transaction, limits: Limits, now: datetime, rules: Policy = policy.
     return Book(leases=leases, beats=beats, spent_ever=ever)
 
 
+#: Codes of what stops all renting, whatever it is.
+HOLD_ALL = frozenset(
+    {"kill_switch.on", "list.doubtful", "list.unreadable", CREDIT_GONE, "breaker.open"}
+)
+
+
 def stopped(
     book: Book, limits: Limits, now: datetime, *, kill_switch: bool = False
 ) -> Reason | None:

@@ -22,14 +22,16 @@ from orchestrator.api.jobs import DOWNLOAD_SPAN_S, visible
 from orchestrator.api.problems import Refusal
 from orchestrator.api.schemas import MicroUsd, Out
 from orchestrator.deps import Deps
-from state import money, series
+from state import brakes, explain, money, policy, series
 from state.errors import NotFound
 from state.events import Event
-from state.job import Job
+from state.explain import Waits
+from state.job import Job, Status
 from state.lease import Lease, LeaseStatus
 from state.money import dollars
 from state.series import Point
 from state.store import Transaction
+from tasks.reconcile import RECEIVER
 from tasks.verify import attempt_key
 
 #: Of a job's reports of one kind so many are read at a time, and so many in all.
@@ -398,6 +400,173 @@ def _machine_cost(lease: Lease, now: datetime) -> MachineCost:
     )
 
 
+# --- why it stands where it stands ------------------------------------------------------------
+
+
+class Signal(Out):
+    """Something that is heard regularly."""
+
+    name: str
+    words: str
+    at: datetime | None = Field(description="when it last was; null for never")
+    age_s: float | None
+    well: bool = Field(description="recent enough")
+
+
+class Deadline(Out):
+    """Unless something happens before."""
+
+    name: str
+    words: str
+    at: datetime
+    in_s: float
+
+
+class NextAction(Out):
+    words: str
+    by: str = Field(description="worker, reconcile, agent or caller")
+    at: datetime | None = Field(description="at the latest; null where nobody knows")
+    in_s: float | None
+
+
+class Searched(Out):
+    """What the last look at the market came to."""
+
+    words: str
+    choice: str = Field(description="why the present machine was taken, and not the next best")
+    at: datetime | None
+    refused: dict[str, int] = Field(description="offers, by the reason against them")
+
+
+class Brake(Out):
+    code: str
+    message: str
+    mend: str = Field(description="for operators")
+
+
+class HeldMachine(Out):
+    machine_id: str
+    gpu: str
+    status: LeaseStatus
+    words: str
+    since: datetime
+    market: str = Field(description="what the market last said of it")
+
+
+class Option(Out):
+    name: str
+    words: str
+    method: str
+    path: str
+
+
+class Explanation(Out):
+    """What a job waits for, who does what next and when, what was heard, what you can do."""
+
+    job: str
+    at: datetime
+    status: Status
+    waits_for: Waits
+    headline: str
+    sentences: list[str] = Field(description="all of this for people, the most important first")
+    next: NextAction | None
+    signals: list[Signal]
+    deadlines: list[Deadline] = Field(description="the next one first")
+    search: Searched
+    brakes: list[Brake] = Field(description="what holds renting")
+    machines: list[HeldMachine]
+    options: list[Option]
+
+
+#: Where the caller does what an explanation names.
+_WHERE = {
+    "seal": ("POST", "/v1/datasets/{dataset}/seal"),
+    "reorder": ("POST", "/v1/jobs"),
+    "checkpoint": ("POST", "/v1/jobs/{job}/checkpoint"),
+    "sample": ("POST", "/v1/jobs/{job}/sample"),
+    "retry": ("POST", "/v1/jobs/{job}/retry"),
+    "cancel": ("POST", "/v1/jobs/{job}/cancel"),
+    "download": ("GET", "/v1/jobs/{job}/artifacts"),
+    "logs": ("GET", "/v1/jobs/{job}/logs"),
+}
+#: Of the newest events so many are looked at.
+LATEST = 20
+
+
+def explained(tx: Transaction, job: Job, deps: Deps) -> Explanation:
+    """Why the job stands where it stands."""
+    now, settings = deps.clock(), deps.settings
+    rehearsed = job.request.rehearsal is not None
+    book = _rehearsal(tx) if rehearsed else brakes.read(tx, settings.limits, now)
+    try:
+        dataset = tx.dataset(job.request.dataset_id)
+    except NotFound:
+        dataset = None
+    around = explain.Around(
+        book=book,
+        limits=settings.limits,
+        kill_switch=settings.kill_switch and not rehearsed,
+        since=policy.listening_since(book.beats.get(RECEIVER), now),
+        dataset=dataset,
+        latest=tx.events(job.id, after=max(0, job.seq - LATEST), limit=LATEST),
+    )
+    return _explanation(job, explain.explain(job, tx.leases_of(job.id), around, now))
+
+
+def _rehearsal(tx: Transaction) -> brakes.Book:
+    """Of a market that pretends: nobody's money, no operator's word, but the same processes."""
+    beats = tx.beats()
+    served = {name: beats[name] for name in (RECEIVER, "worker", "reconcile") if name in beats}
+    return brakes.Book(leases=(), beats=served)
+
+
+def _explanation(job: Job, found: explain.Explanation) -> Explanation:
+    def until(at: datetime | None) -> float | None:
+        return None if at is None else round(max(0.0, (at - found.at).total_seconds()), 1)
+
+    places = {"job": job.id, "dataset": job.request.dataset_id}
+    step, search = found.next, found.search
+    return Explanation(
+        job=job.id,
+        at=found.at,
+        status=found.status,
+        waits_for=found.waits_for,
+        headline=found.headline,
+        sentences=found.sentences,
+        next=NextAction(words=step.words, by=step.by, at=step.at, in_s=until(step.at))
+        if step
+        else None,
+        signals=[
+            Signal(
+                name=item.name,
+                words=item.words,
+                at=item.at,
+                age_s=round((found.at - item.at).total_seconds(), 1) if item.at else None,
+                well=item.well,
+            )
+            for item in found.signals
+        ],
+        deadlines=[
+            Deadline(name=item.name, words=item.words, at=item.at, in_s=until(item.at) or 0.0)
+            for item in found.deadlines
+        ],
+        search=Searched(
+            words=search.words, choice=search.choice, at=search.at, refused=dict(search.refused)
+        ),
+        brakes=[Brake(**vars(item)) for item in found.brakes],
+        machines=[HeldMachine(**vars(item)) for item in found.machines],
+        options=[
+            Option(
+                name=item.name,
+                words=item.words,
+                method=_WHERE[item.name][0],
+                path=_WHERE[item.name][1].format(**places),
+            )
+            for item in found.options
+        ],
+    )
+
+
 # --- routes -----------------------------------------------------------------------------------
 
 
@@ -464,6 +633,13 @@ def reads(deps: Deps) -> APIBlueprint:
         with deps.store.transaction() as tx:
             job = visible(tx, path.job_id, auth.caller())
             found = cost(job, tx.leases_of(job.id), now)
+        return present.answer(found)
+
+    @api.get("/<job_id>/explain", operation_id="explain_job", responses={"200": Explanation})
+    def explain_job(path: schemas.JobPath) -> Response:
+        """What it waits for, what was last heard, what comes next and when"""
+        with deps.store.transaction() as tx:
+            found = explained(tx, visible(tx, path.job_id, auth.caller()), deps)
         return present.answer(found)
 
     return api

@@ -6,7 +6,7 @@ from datetime import timedelta
 
 from gpu_agent.wire import Fact
 from orchestrator.api import reads
-from state import record
+from state import brakes, record
 from state.events import Artefact
 from state.job import Reason
 from state.lease import LeaseStatus
@@ -218,10 +218,47 @@ def test_the_receipt_counts_each_machine_and_says_who_counted(edge, client, alic
     assert shown["quoted"] is None
 
 
+def test_a_job_is_explained_from_order_to_end(edge, client, alice):
+    job = edge.job()
+    path = f"/v1/jobs/{job.id}/explain"
+
+    def explained():
+        answer = client.get(path, headers=alice)
+        assert answer.status_code == 200, answer.text
+        reads.Explanation.model_validate(answer.json)
+        return answer.json
+
+    with edge.store.transaction() as tx:
+        brakes.switch(tx, stopped=True, why="a drill", now=edge.clock())
+    held = explained()
+    assert (held["waits_for"], held["brakes"][0]["code"]) == ("brake", "kill_switch.on")
+    with edge.store.transaction() as tx:
+        brakes.switch(tx, stopped=False, why="", now=edge.clock())
+    assert explained()["waits_for"] == "offer"
+    agent = edge.agent(job)
+    for fact in READY:
+        agent.report(fact)
+    agent.report(Fact.TRAINING_PROGRESS, step=4, total=9)
+    edge.clock.advance(20)
+    runs = explained()
+    assert (runs["waits_for"], runs["headline"]) == ("training", "It trains: step 4/9.")
+    assert runs["sentences"][0] == runs["headline"]
+    heard = {item["name"]: item for item in runs["signals"]}["agent"]
+    assert (heard["age_s"], heard["well"]) == (20.0, True)
+    assert [item["at"] for item in runs["deadlines"]] == sorted(
+        item["at"] for item in runs["deadlines"]
+    )
+    paths = {item["name"]: (item["method"], item["path"]) for item in runs["options"]}
+    assert paths["cancel"] == ("POST", f"/v1/jobs/{job.id}/cancel")
+    assert client.post(paths["cancel"][1], headers=alice).status_code == 202
+    over = explained()
+    assert (over["waits_for"], over["deadlines"]) == ("nothing", [])
+
+
 def test_what_others_left_behind_is_not_there(edge, client, problem):
     job = edge.job("alice")
     bob, operator = edge.key("bob"), edge.key("op", "operator")
-    for what in ("logs", "metrics", "checkpoints", "samples", "samples/a.png", "cost"):
+    for what in ("logs", "metrics", "checkpoints", "samples", "samples/a.png", "cost", "explain"):
         problem(client.get(f"/v1/jobs/{job.id}/{what}", headers=bob), 404)
         problem(client.get(f"/v1/jobs/{job.id}/{what}"), 401)
     assert client.get(f"/v1/jobs/{job.id}/cost", headers=operator).status_code == 200
