@@ -12,7 +12,8 @@ from datetime import datetime, timedelta
 
 from state import brakes, money, policy
 from state.brakes import Book
-from state.events import HostRecord
+from state.endpoints import Backlog
+from state.events import HostRecord, OutgoingStatus
 from state.lease import Lease, LeaseStatus
 from state.money import Limits
 from state.policy import Policy
@@ -28,6 +29,8 @@ CREDIT_UNREAD = timedelta(minutes=10)
 NEAR = 0.8
 #: A lie of a host is news for so long.
 LIED = timedelta(hours=24)
+#: A webhook that waits for so long is worth a word; one that was given up, for so long.
+UNDELIVERED, GIVEN_UP = timedelta(hours=2), timedelta(days=3)
 
 
 class Severity(enum.StrEnum):
@@ -57,6 +60,8 @@ MENDS: dict[str, str] = {
     "worker.stale": "start `stoker worker`",
     "beat.stale": "start `stoker beat`",
     "host.liar": "nothing: it is not rented again; report it to the market",
+    "webhook.exhausted": "`stoker deliveries ls --status exhausted`, then `stoker events resend`",
+    "webhook.backlog": "`stoker deliveries ls --status waiting` says what their endpoints answer",
 }
 
 
@@ -84,7 +89,8 @@ def standing(
 ) -> list[Alarm]:
     """All alarms that stand at `now`, the critical ones first."""
     book = brakes.read(tx, limits, now, rules)
-    return raised(book, tx.open_leases(), tx.hosts(), limits, now, kill_switch=kill_switch)
+    opened, owed = tx.open_leases(), tx.webhook_backlog(now - GIVEN_UP)
+    return raised(book, opened, tx.hosts(), limits, now, kill_switch=kill_switch, owed=owed)
 
 
 def raised(
@@ -95,6 +101,7 @@ def raised(
     now: datetime,
     *,
     kill_switch: bool = False,
+    owed: Iterable[Backlog] = (),
 ) -> list[Alarm]:
     """The alarms in what was read."""
     found = [
@@ -104,6 +111,7 @@ def raised(
         *_money(book, opened, limits, now),
         *_processes(book, now),
         *_liars(hosts, now),
+        *_webhooks(owed, now),
     ]
     return sorted(found, key=lambda alarm: (alarm.severity is not Severity.CRITICAL, alarm.code))
 
@@ -194,3 +202,23 @@ def _liars(hosts: Iterable[HostRecord], now: datetime) -> Iterator[Alarm]:
         if host.lies and failed is not None and now - failed < LIED:
             words = f"machine {host.machine_id} was not what it was offered as: {host.last_reason}"
             yield _warning("host.liar", words, failed)
+
+
+def _webhooks(owed: Iterable[Backlog], now: datetime) -> Iterator[Alarm]:
+    lost: list[Backlog] = []
+    late: list[Backlog] = []
+    for item in owed:
+        if item.status is OutgoingStatus.EXHAUSTED:
+            lost.append(item)
+        elif now - item.oldest >= UNDELIVERED:
+            late.append(item)
+    for code, items, what in (
+        ("webhook.exhausted", lost, "were given up after the last try"),
+        ("webhook.backlog", late, "wait, the oldest for hours"),
+    ):
+        if items:
+            rows = sum(item.rows for item in items)
+            where = ", ".join(item.endpoint or "jobs' own webhooks" for item in items[:5])
+            more = f" and {len(items) - 5} more" if len(items) > 5 else ""
+            since = min(item.oldest for item in items)
+            yield _warning(code, f"{rows} webhooks {what}: to {where}{more}", since)
