@@ -88,6 +88,36 @@ def _known(tx: Transaction, machine_id: str) -> HostRecord:
     return host
 
 
+def remembered(deps: Deps) -> list[Host]:
+    """All machines that are remembered; those to look at first."""
+    now = deps.clock()
+    with deps.store.transaction() as tx:
+        known = memory.by_urgency(tx.hosts(), now)
+    return [shown(host, now) for host in known]
+
+
+def block(deps: Deps, machine_id: str, body: BlockIn) -> Host:
+    """No job is to rent it any more; one that was never rented may be blocked too.
+
+    Raises: NotFound, for what cannot be a machine's number.
+    """
+    if not plausible(machine_id):
+        raise NotFound(f"{machine_id[:64]!r} is no machine's number")
+    with deps.store.transaction() as tx:
+        host = tx.host(machine_id) or HostRecord(machine_id=machine_id)
+        host = memory.blocked(host, body.reason)
+        tx.save_host(host)
+    return shown(host, deps.clock())
+
+
+def unblock(deps: Deps, machine_id: str) -> Host:
+    """Jobs may rent it again, at once. Raises: NotFound."""
+    with deps.store.transaction() as tx:
+        host = memory.unblocked(_known(tx, machine_id))
+        tx.save_host(host)
+    return shown(host, deps.clock())
+
+
 def hosts(deps: Deps) -> APIBlueprint:
     api = APIBlueprint(
         "hosts",
@@ -101,11 +131,8 @@ def hosts(deps: Deps) -> APIBlueprint:
     @api.get("", operation_id="list_hosts", responses={"200": Hosts})
     def index(query: HostsQuery) -> Response:
         """All machines that are remembered; those to look at first"""
-        now = deps.clock()
-        with deps.store.transaction() as tx:
-            known = memory.by_urgency(tx.hosts(), now)
-        listed = [shown(host, now) for host in known[: query.limit]]
-        return present.answer(Hosts(data=listed, total=len(known)))
+        known = remembered(deps)
+        return present.answer(Hosts(data=known[: query.limit], total=len(known)))
 
     @api.get("/<machine_id>", operation_id="get_host", responses={"200": Host})
     def show(path: HostPath) -> Response:
@@ -115,22 +142,13 @@ def hosts(deps: Deps) -> APIBlueprint:
         return present.answer(shown(host, deps.clock()))
 
     @api.post("/<machine_id>/block", operation_id="block_host", responses={"200": Host})
-    def block(path: HostPath, body: BlockIn) -> Response:
+    def block_host(path: HostPath, body: BlockIn) -> Response:
         """No job is to rent it any more; one that runs on it is left to end"""
-        if not plausible(path.machine_id):
-            raise NotFound(f"{path.machine_id[:64]!r} is no machine's number")
-        with deps.store.transaction() as tx:
-            host = tx.host(path.machine_id) or HostRecord(machine_id=path.machine_id)
-            host = memory.blocked(host, body.reason)
-            tx.save_host(host)
-        return present.answer(shown(host, deps.clock()))
+        return present.answer(block(deps, path.machine_id, body))
 
     @api.post("/<machine_id>/unblock", operation_id="unblock_host", responses={"200": Host})
-    def unblock(path: HostPath) -> Response:
+    def unblock_host(path: HostPath) -> Response:
         """Jobs may rent it again, at once: what it did wrong before is forgotten"""
-        with deps.store.transaction() as tx:
-            host = memory.unblocked(_known(tx, path.machine_id))
-            tx.save_host(host)
-        return present.answer(shown(host, deps.clock()))
+        return present.answer(unblock(deps, path.machine_id))
 
     return api
