@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from flask import Blueprint, Flask
 
-from orchestrator.dashboard import access, actions, fleet, job, live, new, words
+from orchestrator.dashboard import access, actions, fleet, job, live, new, webhooks, words
 from orchestrator.deps import Deps
 from orchestrator.waker import Waker
 
 #: What the frame's navigation names, in order.
-PAGES = (("pages.fleet", "Fleet"), ("pages.new", "New training"))
+PAGES = (("pages.fleet", "Fleet"), ("pages.new", "New training"), ("pages.webhooks", "Webhooks"))
 
 
 def install(app: Flask, deps: Deps, waker: Waker) -> None:
@@ -27,5 +27,7 @@ def install(app: Flask, deps: Deps, waker: Waker) -> None:
     job.register(pages, deps)
     actions.register(pages, deps, waker)
     new.register(pages, deps, waker)
+    webhooks.register(pages, deps, waker)
+    live.register(pages, deps)
     pages.add_app_template_global(PAGES, "PAGES")  # type: ignore[arg-type]  # any value will do
     app.register_blueprint(pages)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from datetime import datetime, timedelta
 
 from flask import Blueprint
+from markupsafe import Markup, escape
 
 #: A glyph and a word stand beside every colour: not everybody sees the colour.
 GLYPHS = {
@@ -51,8 +53,23 @@ def when(at: datetime) -> str:
     return at.isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
+def ticks(text: str) -> Markup:
+    """Text in which `commands` stand between backticks, as HTML."""
+    pieces = text.split("`")
+    return Markup("").join(
+        Markup("<code>{}</code>").format(piece) if at % 2 else escape(piece)
+        for at, piece in enumerate(pieces)
+    )
+
+
+def as_json(value: object) -> str:
+    """`value` as indented JSON, for people to read."""
+    return json.dumps(value, indent=1, ensure_ascii=False, default=str)
+
+
 def install(pages: Blueprint) -> None:
     """Make the filters and `GLYPHS` known to the templates."""
-    for filter_ in (money, span, size, when):
+    for filter_ in (money, span, size, when, ticks):
         pages.add_app_template_filter(filter_)
+    pages.add_app_template_filter(as_json, "json")
     pages.add_app_template_global(GLYPHS, "GLYPHS")  # type: ignore[arg-type]  # any value will do

@@ -6,6 +6,17 @@ document.addEventListener("htmx:config:request", ({ detail }) => {
     document.querySelector('meta[name="csrf-token"]').content;
 });
 
+// Forms get it when they are sent: parts of a page that came live have none of their own.
+document.addEventListener("submit", ({ target }) => {
+  if (target.method !== "post") return;
+  let field = target.elements.namedItem("csrf_token");
+  if (!field) {
+    field = Object.assign(document.createElement("input"), { type: "hidden", name: "csrf_token" });
+    target.append(field);
+  }
+  field.value = document.querySelector('meta[name="csrf-token"]').content;
+});
+
 // Times are UTC in the page, and local to whoever reads it; with `data-ago` also how long ago.
 export function spanOf(seconds) {
   const s = Math.max(0, Math.round(seconds));
