@@ -54,19 +54,22 @@ def api_page(spec: Mapping[str, Any]) -> str:
             if method in item:
                 tag = item[method].get("tags", ["others"])[0]
                 by_tag.setdefault(tag, []).append((method, path, item[method]))
+    schemas = spec["components"]["schemas"]
     lines = [_API]
     for tag, operations in by_tag.items():
         lines.append(f"\n## {tag.replace('_', ' ').replace('-', ' ').capitalize()}")
         for method, path, operation in operations:
-            lines += _operation(method, path, operation)
+            lines += _operation(method, path, operation, schemas)
     lines.append("\n## What is sent and answered")
-    for name, schema in sorted(spec["components"]["schemas"].items()):
+    for name, schema in sorted(schemas.items()):
         if "properties" in schema and name != "Problem":
-            lines += _schema(name, schema)
+            lines += _schema(name, schema, schemas)
     return "\n".join(lines) + "\n"
 
 
-def _operation(method: str, path: str, operation: Mapping[str, Any]) -> Iterator[str]:
+def _operation(
+    method: str, path: str, operation: Mapping[str, Any], schemas: Mapping[str, Any]
+) -> Iterator[str]:
     yield f"\n### `{method.upper()} {path}`\n"
     yield f"{operation.get('summary') or operation['operationId']}."
     if operation.get("description"):
@@ -75,21 +78,29 @@ def _operation(method: str, path: str, operation: Mapping[str, Any]) -> Iterator
     if asked:
         yield ""
         yield from _table(
-            ("parameter", "in", "meaning"),
-            ((f"`{item['name']}`", item["in"], item.get("description", "")) for item in asked),
+            ("parameter", "in", "type", "meaning"),
+            (
+                (
+                    f"`{item['name']}`",
+                    item["in"],
+                    _type(item.get("schema", {}), schemas),
+                    item.get("description", ""),
+                )
+                for item in asked
+            ),
         )
     body = operation.get("requestBody", {}).get("content", {}).get("application/json", {})
     if body:
-        yield f"\nBody: {_type(body['schema'])}."
-    good = [status for status in operation["responses"] if status < "400"]
-    for status in good:
-        content = operation["responses"][status].get("content", {})
-        shown = [_type(kind["schema"]) for kind in content.values() if "schema" in kind]
-        yield f"\nAnswers {status}{': ' + ', '.join(shown) if shown else ''}."
+        yield f"\nBody: {_type(body['schema'], schemas)}."
+    for status, answer in operation["responses"].items():
+        if status < "400":
+            kinds = answer.get("content", {}).values()
+            shown = ", ".join(_type(kind["schema"], schemas) for kind in kinds if "schema" in kind)
+            yield f"\nAnswers {status}{': ' + shown if shown else ''}."
 
 
-def _schema(name: str, schema: Mapping[str, Any]) -> Iterator[str]:
-    yield f"\n### {name}\n"
+def _schema(name: str, schema: Mapping[str, Any], schemas: Mapping[str, Any]) -> Iterator[str]:
+    yield f"\n### {name} {{ #schema-{name.lower()} }}\n"
     if schema.get("description"):
         yield f"{schema['description']}\n"
     needed = schema.get("required", ())
@@ -98,7 +109,7 @@ def _schema(name: str, schema: Mapping[str, Any]) -> Iterator[str]:
         (
             (
                 f"`{field}`",
-                _type(value),
+                _type(value, schemas),
                 "required" if field in needed else _default(value),
                 value.get("description", "").replace("\n", " "),
             )
@@ -111,22 +122,23 @@ def _default(value: Mapping[str, Any]) -> str:
     return f"default `{json.dumps(value['default'])}`" if "default" in value else ""
 
 
-def _type(schema: Mapping[str, Any]) -> str:
+def _type(schema: Mapping[str, Any], schemas: Mapping[str, Any]) -> str:
     if "$ref" in schema:
         name = schema["$ref"].rpartition("/")[2]
-        return f"[{name}](#{name.lower()})"
+        if "properties" not in schemas[name]:  # a list of words, said where it is used
+            return _type(schemas[name], schemas)
+        return f"[{name}](#schema-{name.lower()})"
     for key in ("anyOf", "oneOf", "allOf"):
         if key in schema:
-            return " or ".join(_type(item) for item in schema[key])
+            return " or ".join(_type(item, schemas) for item in schema[key])
     if "enum" in schema:
         return ", ".join(f"`{item}`" for item in schema["enum"])
     if "const" in schema:
         return f"`{schema['const']}`"
     if schema.get("type") == "array":
-        return f"list of {_type(schema.get('items', {}))}"
-    kind = schema.get("type", "anything")
-    form = schema.get("format", "")
-    return f"{kind} ({form})" if form else str(kind)
+        return f"list of {_type(schema.get('items', {}), schemas)}"
+    kind = str(schema.get("type", "anything"))
+    return f"{kind} ({schema['format']})" if "format" in schema else kind
 
 
 # --- webhooks ---------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ import typer
 from infra.settings import settings_page
 from orchestrator.cli.console import CliError, Exit
 from orchestrator.metrics_page import metrics_page
-from orchestrator.reference import events_page, recipe_page
+from orchestrator.reference import api_page, events_page, recipe_page
+from orchestrator.specification import openapi_json, specification
 from state.diagram import markdown
 
 #: The pages below `docs/`, and what draws them.
@@ -18,6 +19,7 @@ PAGES: Mapping[str, Callable[[], str]] = {
     "settings": settings_page,
     "states": markdown,
     "metrics": metrics_page,
+    "api": lambda: api_page(specification()),
     "events": events_page,
     "recipe": recipe_page,
 }
@@ -25,6 +27,15 @@ PAGES: Mapping[str, Callable[[], str]] = {
 
 def register(app: typer.Typer) -> None:
     app.command()(docs)
+    app.command()(openapi)
+
+
+def openapi() -> None:
+    """Print the API's OpenAPI 3.1 description; no server need run.
+
+    Example: stoker openapi > openapi.json
+    """
+    print(openapi_json(), end="")
 
 
 def docs(page: Annotated[str, typer.Argument(help=f"{', '.join(PAGES)}.")]) -> None:
