@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from datetime import datetime, timedelta
 
+from state.brakes import Beats
 from state.store import Store
 
 #: How often each comes.
@@ -16,32 +17,33 @@ EVERY: Mapping[str, timedelta] = {
 }
 
 
+#: A round that somebody asked for comes no sooner after the one before.
+APART = timedelta(seconds=10)
+
+
 def due(store: Store, now: datetime) -> list[str]:
     """The rounds to make now. Each is told to one caller; were its message lost, it comes again
     after its span."""
     with store.transaction() as tx:
         tx.lock("rounds")
         beats = tx.beats()
-        asked = {name: beats[f"{name}.asked"][0] for name in EVERY if f"{name}.asked" in beats}
-        found = [
-            name for name, span in EVERY.items() if name not in asked or now - asked[name] >= span
-        ]
+        found = [name for name in EVERY if _next(beats, name, now) <= now]
         for name in found:
             tx.beat(f"{name}.asked", now)
     return found
 
 
-#: A round that somebody asked for comes no sooner after the one before.
-APART = timedelta(seconds=10)
-
-
 def hasten(store: Store, name: str, now: datetime) -> datetime:
-    """Make the round `name` as soon as may be; when that is. A worker's next pass finds it due."""
+    """Ask for the round `name`; when it is due. A worker's next pass finds it."""
     with store.transaction() as tx:
         tx.lock("rounds")
-        asked = tx.beats().get(f"{name}.asked")
-        if asked is None:
-            return now
-        due_at = min(max(now, asked[0] + APART), asked[0] + EVERY[name])
-        tx.beat(f"{name}.asked", due_at - EVERY[name])
-        return max(due_at, now)
+        tx.beat(f"{name}.wanted", now)
+        return max(now, _next(tx.beats(), name, now))
+
+
+def _next(beats: Beats, name: str, now: datetime) -> datetime:
+    if f"{name}.asked" not in beats:
+        return now
+    last, span = beats[f"{name}.asked"][0], EVERY[name]
+    wanted = f"{name}.wanted" in beats and beats[f"{name}.wanted"][0] > last
+    return last + (APART if wanted else span)

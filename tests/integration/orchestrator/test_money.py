@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from datetime import UTC, timedelta
 
@@ -9,15 +10,23 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as some
 
+from infra.provider import LaunchSpec
+from infra.provider_memory import Fault, MemoryProvider
 from orchestrator.api.ids import new_id
+from orchestrator.app import create_app
 from state import brakes, money
+from state.errors import Unreadable
+from state.events import HostRecord
 from state.job import Status
 from state.lease import Lease, LeaseStatus
+from state.offer import Offer
 from state.renting import LOST_RACE
+from tasks import rounds
+from tasks.deallocate import Keeper, sweep
 
 KINDS = ("training", "boot", "failed", "other")
 GROUPS = ("day", "host", "gpu", "job", "owner")
-PATHS = ("instances", "spend", "account")
+PATHS = ("instances", "spend", "account", "offers")
 
 
 @pytest.fixture
@@ -191,7 +200,7 @@ machines = some.fixed_dictionaries(
 
 
 @settings(
-    max_examples=12,
+    max_examples=8,
     deadline=None,
     database=None,
     derandomize=True,
@@ -315,3 +324,133 @@ def test_the_account_says_why_nothing_is_rented(edge, ask):
     renting = ask("account")["renting"]
     assert renting["code"] == "kill_switch.on"
     assert "prices doubled" in renting["why"]
+
+
+# --- the market -------------------------------------------------------------------------------
+
+
+def offer(number, **changes):
+    values = {
+        "id": str(number),
+        "machine_id": f"m{number}",
+        "gpu_name": "RTX 4090",
+        "num_gpus": 1,
+        "vram_gb": 24.0,
+        "price": 400_000,
+        "storage_price": 5_000,
+        "download_price": 0,
+        "upload_price": 0,
+        "download_mbps": 900.0,
+        "upload_mbps": 300.0,
+        "reliability": 0.99,
+        "verified": True,
+        "cuda": 12.6,
+        "disk_gb": 200.0,
+    }
+    return Offer(**values | changes)
+
+
+@pytest.fixture
+def market(edge):
+    """Three machines: dear, cheap, and cheapest of all but blocked by an operator."""
+    offers = [offer(1, price=900_000), offer(2), offer(3, price=1, gpu_name="RTX 3090")]
+    market = MemoryProvider(edge.clock, offers)
+    with edge.store.transaction() as tx:
+        tx.save_host(HostRecord(machine_id="m3", blocked=True, blocked_why="throttles"))
+    edge.deps = dataclasses.replace(edge.deps, market=lambda: market)
+    edge.app = create_app(edge.deps)
+    return market
+
+
+@pytest.fixture
+def operator(edge, market, ops):
+    """Asks the installation that has a market."""
+
+    def call(method, path, **options):
+        return edge.client().open(f"/v1/{path}", method=method, headers=ops, **options)
+
+    return call
+
+
+def test_offers_come_as_a_job_would_take_them_and_the_refused_say_why(operator):
+    told = operator("GET", "offers").get_json()
+    assert [(row["id"], row["verdict"]) for row in told["data"]] == [
+        ("2", "fit"),
+        ("1", "fit"),
+        ("3", "refused"),
+    ]
+    cheap, dear, blocked = told["data"]
+    assert 0 < cheap["expected_cost"] < dear["expected_cost"]
+    assert blocked["expected_cost"] is None
+    assert told["refused"] == {blocked["why"]: 1}
+    assert told["fit"] == 2
+
+    only = operator("GET", "offers", query_string={"gpu": ["RTX 3090"]}).get_json()
+    assert [row["id"] for row in only["data"]] == ["3"]
+    none = operator("GET", "offers", query_string={"min_vram_gb": 80}).get_json()
+    assert none["data"] == []
+    assert "nothing" in none["sentence"]
+
+
+@pytest.mark.parametrize(
+    "query", [{"gpu": "<script>"}, {"min_vram_gb": "nan"}, {"family": "sd9"}, {"vram": 8}]
+)
+def test_needs_that_are_none_are_refused(operator, problem, query):
+    problem(operator("GET", "offers", query_string=query), 422)
+
+
+def rent(market, number, label):
+    market.create(offer(number), LaunchSpec(label=label, image="i", disk_gb=10, onstart=""))
+
+
+def test_a_dry_sweep_says_what_it_would_do_and_does_nothing(edge, market, operator):
+    rent(market, 1, f"{edge.deps.settings.deployment}/job_x/1-a")
+    rent(market, 2, "somebody else's")
+    edge.clock.advance(60)
+    for _ in range(3):  # it is no sight that could doom an orphan
+        seen = operator("POST", "sweeps", json={"dry_run": True})
+        assert seen.status_code == 200
+    told = seen.get_json()
+    assert Counter(item["verdict"] for item in told["sights"]) == {"suspect": 1, "foreign": 1}
+    assert (told["seen"], told["ours"], told["due_at"]) == (2, 1, None)
+    assert len(market.instances()) == 2
+    with edge.store.transaction() as tx:
+        assert tx.beats() == {}
+
+
+def test_a_sweep_is_the_workers_and_what_it_saw_is_told(edge, market, operator):
+    assert rounds.due(edge.store, edge.clock())
+    edge.clock.advance(2)
+    asked = operator("POST", "sweeps", json={})
+    assert asked.status_code == 202
+    assert rounds.due(edge.store, edge.clock()) == []
+    edge.clock.advance(8)
+    assert rounds.due(edge.store, edge.clock()) == ["sweep"]
+
+    rent(market, 1, f"{edge.deps.settings.deployment}/job_x/1-a")
+    rent(market, 2, "somebody else's")
+    keeper = Keeper(store=edge.store, provider=market, clock=edge.clock)
+    sweep(keeper, edge.deps.settings.deployment)
+    edge.clock.advance(30)
+    saw = operator("GET", "instances").get_json()["sweep"]
+    assert [item["verdict"] for item in saw["strangers"]] == ["suspect", "foreign"]
+    assert (saw["seen"], saw["ours"], saw["foreign"], saw["age_s"]) == (2, 1, 1, 30)
+    assert saw["stale"] is False
+
+
+def test_a_market_that_cannot_be_read_is_said_to_be_so(edge, market, operator, problem):
+    market.faults = lambda verb: Fault(error=Unreadable("it answered HTML"))
+    for answer in (operator("GET", "offers"), operator("POST", "sweeps", json={"dry_run": True})):
+        body = problem(answer, 503, "market_unavailable")
+        assert body["retryable"] is True
+        assert "HTML" in body["detail"]
+        assert answer.headers["Retry-After"]
+
+
+def test_a_server_without_a_market_says_what_is_missing(client, ops, problem):
+    problem(client.get("/v1/offers", headers=ops), 503, "market_unset")
+    problem(client.post("/v1/sweeps", headers=ops, json={"dry_run": True}), 503, "market_unset")
+
+
+def test_customers_make_no_sweep(client, alice, problem):
+    problem(client.post("/v1/sweeps", headers=alice, json={}), 403, "forbidden")

@@ -29,3 +29,16 @@ def test_two_who_ask_at_once_do_not_both_make_it(clock: Any) -> None:
 def test_beat_itself_times_nothing_that_a_restart_could_put_off() -> None:
     """It starts to count anew whenever it starts, so what it times comes each second."""
     assert [entry["schedule"] for entry in BEAT.values()] == [1.0]
+
+
+def test_a_sweep_that_is_asked_for_comes_soon_and_never_on_the_heels_of_another(
+    clock: Any,
+) -> None:
+    store, made, began = MemoryStore(), [], clock()
+    assert rounds.hasten(store, "sweep", began) == began  # the first is due anyhow
+    for second in range(100):
+        if second in (3, 4, 15, 16):
+            rounds.hasten(store, "sweep", clock())
+        made += [second for name in rounds.due(store, clock()) if name == "sweep"]
+        clock.advance(1)
+    assert made == [0, 10, 20, 50, 80]
