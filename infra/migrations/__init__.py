@@ -22,8 +22,9 @@ from infra.database import outages_translated, parse_url
 _LOCK = 0x53746F6B6572  # "Stoker"
 
 
-def upgrade(database_url: str) -> None:
-    """Bring the schema to the newest revision; all of it or nothing. Harmless when it is there.
+def upgrade(database_url: str, revision: str = "head") -> None:
+    """Bring the schema to `revision`, else to the newest one; all of it or nothing. Harmless when
+    it is there.
 
     Raises:
         StoreUnavailable: the database cannot be reached.
@@ -32,7 +33,7 @@ def upgrade(database_url: str) -> None:
     engine = _engine(database_url)
     with outages_translated(), engine.begin() as connection:
         connection.execute(sqlalchemy.select(sqlalchemy.func.pg_advisory_xact_lock(_LOCK)))
-        command.upgrade(_config(connection), "head")
+        command.upgrade(_config(connection), revision)
 
 
 def current(database_url: str) -> str | None:

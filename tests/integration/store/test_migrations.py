@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import json
 import re
 import subprocess
 import sys
@@ -106,3 +107,39 @@ def test_a_url_that_is_not_of_postgresql_is_refused_without_repeating_it(url):
     with pytest.raises(ValueError, match="database") as caught:
         migrations.upgrade(url)
     assert "hunter2" not in str(caught.value)
+
+
+#: A job as revision 0002 has it.
+OLD_JOB = {
+    **dict.fromkeys(("attempt", "seq", "owed", "moved", "interruptions"), 0),
+    **dict.fromkeys(("created_at", "entered_at"), "2026-01-01T00:00:00Z"),
+    **dict.fromkeys(("known", "orders", "excluded_machines"), []),
+    **dict.fromkeys(("request", "progress", "metadata"), {}),
+    **{"id": "job_1", "owner": "acme", "status": "training", "lease": "", "dataset_id": "ds_1"},
+    "dataset_ready": True,
+}
+
+
+def test_webhooks_of_an_older_version_have_an_owner_and_an_end_after_the_upgrade(make_database):
+    url = make_database()
+    migrations.upgrade(url, "0002")
+    with psycopg.connect(url) as connection:
+        row = (json.dumps(OLD_JOB),)
+        connection.execute(
+            "INSERT INTO jobs SELECT * FROM json_populate_record(NULL::jobs, %s)", row
+        )
+        connection.execute(
+            "INSERT INTO outgoing (id, job, seq, type, created_at, payload, status, tries) VALUES"
+            " ('m1', 'job_1', 1, 'x', '2026-01-01Z', '{}', 'delivered', 1),"
+            " ('m2', 'job_1', 2, 'x', '2026-01-01Z', '{}', 'waiting', 1)"
+        )
+        connection.execute(
+            "INSERT INTO deliveries (outgoing, job, tried_at, answer, took_ms, error)"
+            " VALUES ('m1', 'job_1', '2026-01-02Z', 200, 1, '')"
+        )
+    migrations.upgrade(url)
+    with psycopg.connect(url) as connection:
+        rows = connection.execute(
+            "SELECT endpoint, owner, ended_at::date::text FROM outgoing ORDER BY seq"
+        ).fetchall()
+    assert rows == [("", "acme", "2026-01-02"), ("", "acme", None)]
