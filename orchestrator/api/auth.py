@@ -1,4 +1,8 @@
-"""API keys: `Authorization: Bearer stk_live_…`, kept as SHA-256, with scopes."""
+"""API keys: `Authorization: Bearer stk_live_…`, kept as SHA-256, with scopes.
+
+A test key (`stk_test_…`) acts for an owner of its own, `acme~test` beside `acme`: so whatever it
+makes is seen by test keys of the same owner, by operators, and by nobody else; and what is real is
+out of its sight. This is decided here and nowhere else."""
 
 from __future__ import annotations
 
@@ -13,13 +17,16 @@ from orchestrator.api.problems import Refusal
 from state.store import Store
 
 READ, WRITE, OPERATOR = "jobs:read", "jobs:write", "operator"
+LIVE_PREFIX, TEST_PREFIX = "stk_live_", "stk_test_"
+#: Ends the name of the owner that a test key acts for; no other owner's name ends so.
+TEST_OWNER = "~test"
 _BEARER = re.compile(r"bearer +(stk_(?:live|test)_[A-Za-z0-9_-]{16,128})", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Caller:
     """Who asks, by which key (its id). An operator has every scope and sees every owner's
-    things."""
+    things; a test key is never one."""
 
     owner: str
     scopes: frozenset[str]
@@ -29,11 +36,21 @@ class Caller:
     def operator(self) -> bool:
         return OPERATOR in self.scopes
 
+    @property
+    def test(self) -> bool:
+        """Whether it asks with a test key."""
+        return is_test(self.owner)
+
     def may(self, scope: str) -> bool:
         return self.operator or scope in self.scopes
 
     def sees(self, owner: str) -> bool:
         return self.operator or owner == self.owner
+
+
+def is_test(owner: str) -> bool:
+    """Whether what belongs to `owner` was made with test keys."""
+    return owner.endswith(TEST_OWNER)
 
 
 def hash_of(key: str) -> str:
@@ -52,6 +69,9 @@ def authenticate(store: Store, header: str) -> Caller:
         with store.transaction() as tx:
             key = tx.api_key_by_hash(hash_of(found[1]))
         if key is not None and key.revoked_at is None:
+            if found[1].startswith(TEST_PREFIX):
+                scopes = key.scopes - {OPERATOR}
+                return Caller(owner=key.owner + TEST_OWNER, scopes=scopes, key=key.id)
             return Caller(owner=key.owner, scopes=key.scopes, key=key.id)
     raise Refusal(
         401, "unauthorized", "send Authorization: Bearer with an API key that is not revoked"
