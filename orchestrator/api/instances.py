@@ -75,6 +75,7 @@ class Instances(Out):
     data: list[Instance] = Field(description="those that go first, then the dearest")
     burn_per_hour: MicroUsd = Field(description="of all that are not being released")
     cost: MicroUsd = Field(description="of all of them so far")
+    rehearsed: int = Field(description="machines of test keys' jobs, which only pretend; not here")
     sweep: LastSweep
 
 
@@ -82,7 +83,8 @@ def standing(deps: Deps) -> Instances:
     """Every open lease, and what the last sweep saw."""
     now = deps.clock()
     with deps.store.transaction() as tx:
-        opened, beats = tx.open_leases(), tx.beats()
+        every, beats = tx.open_leases(), tx.beats()
+        opened = [lease for lease in every if not lease.rehearsed]
         jobs = tx.jobs({lease.job for lease in opened})
     listed = [_instance(lease, jobs.get(lease.job), now) for lease in opened]
     listed.sort(key=lambda item: (item.verdict != "releasing", -item.price_per_hour, item.lease))
@@ -90,6 +92,7 @@ def standing(deps: Deps) -> Instances:
         data=listed,
         burn_per_hour=money.burn(opened),
         cost=sum(item.cost for item in listed),
+        rehearsed=len(every) - len(opened),
         sweep=last_sweep(beats, now),
     )
 

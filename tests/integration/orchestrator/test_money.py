@@ -63,7 +63,7 @@ def lease(edge):
             "price": 360_000,
             "why": "its job is running on it",
         } | changes
-        made = Lease(label=f"test/{values['id']}", **values)
+        made = Lease(**{"label": f"stoker/{values['id']}"} | values)
         with edge.store.transaction() as tx:
             tx.add_lease(made)
         return made
@@ -177,6 +177,14 @@ def test_a_machine_counts_where_it_was_rented(edge, ask, lease):
         (now - timedelta(days=3)).astimezone(UTC).date().isoformat(): 11,
     }
     assert len(rows) == 42
+
+
+def test_what_test_keys_rehearse_is_nobodys_money(edge, ask, lease):
+    lease(edge.job(), label="test:60:stoker/job/1-a")
+    assert ask("spend")["total"]["total"] == 0
+    seen = ask("instances")
+    assert (seen["data"], seen["cost"], seen["burn_per_hour"], seen["rehearsed"]) == ([], 0, 0, 1)
+    assert ask("account")["burn_per_hour"] == 0
 
 
 moments = some.integers(0, 20 * 24 * 60).map(lambda minutes: timedelta(minutes=minutes))
