@@ -14,6 +14,7 @@ from flask import Blueprint, Response, jsonify, request
 
 from gpu_agent import wire
 from infra import logs
+from infra.rehearsal.machine import BASE as NO_BASE
 from orchestrator.api.problems import Refusal
 from orchestrator.attempt_auth import AttemptAuth
 from orchestrator.deps import Deps
@@ -188,7 +189,9 @@ class Doorkeeper:
             self._waker(job.id, record.wakes(job))
 
     def base(self, job: Job) -> Sequence[wire.Download]:
-        """The base model's own file, then its parts."""
+        """The base model's own file, then its parts; in a rehearsal one that nobody pulls."""
+        if job.request.rehearsal is not None:
+            return (NO_BASE,)
         try:
             return self._deps.resolve_base(job.request)
         except StokerError as error:

@@ -28,6 +28,7 @@ from state import ranking, record
 from state.errors import NotFound
 from state.events import Artefact, Secret
 from state.job import GpuNeeds, Job, JobRequest
+from state.rehearsal import Rehearsal
 from state.store import Transaction
 
 #: How long a download link lasts.
@@ -54,10 +55,11 @@ def visible(tx: Transaction, job_id: str, caller: Caller) -> Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
-    """A checked order: the request, and the webhook's secret."""
+    """A checked order: the request, the webhook's secret, and what is to be rehearsed."""
 
     request: JobRequest
     secret: Secret | None
+    rehearsal: Rehearsal | None = None
 
 
 def check(body: schemas.JobIn, *, private_bases: bool, private_webhooks: bool) -> Order:
@@ -97,7 +99,21 @@ def check(body: schemas.JobIn, *, private_bases: bool, private_webhooks: bool) -
             metadata=dict(body.metadata),
         ),
         secret=_secret(body.webhook),
+        rehearsal=Rehearsal(**body.test.model_dump()) if body.test else None,
     )
+
+
+def _for(order: Order, caller: Caller) -> JobRequest:
+    """What `caller` orders: whatever a test key orders is a rehearsal, and nothing else is.
+
+    Raises: Refusal 422.
+    """
+    if caller.test:
+        return replace(order.request, rehearsal=order.rehearsal or Rehearsal())
+    if order.rehearsal is not None:
+        fault = ("/test", "needs a test key (stk_test_…); this one is live, and spends money")
+        raise Refusal(422, "invalid", "only a test key orders a test", errors=[fault])
+    return order.request
 
 
 def _enough(gpu: GpuNeeds, recipe: Recipe, family: str) -> GpuNeeds:
@@ -143,16 +159,16 @@ class Orders:
         self, order: Order, caller: Caller, key: str | None, body: object
     ) -> tuple[schemas.NewJob, bool]:
         """The new job, and whether this is the stored answer of an earlier request."""
-        now = self._deps.clock()
+        now, wanted = self._deps.clock(), _for(order, caller)
         with self._deps.store.transaction() as tx:
             if key is not None:
                 stored = idempotency.begin(tx, caller.owner, key, body, now)
                 if stored is not None:
                     return self._again(tx, stored), True
-            self._own_dataset(tx, order.request.dataset_id, caller)
+            self._own_dataset(tx, wanted.dataset_id, caller)
             job = record.create_job(
                 tx,
-                order.request,
+                wanted,
                 owner=caller.owner,
                 now=now,
                 job_id=new_id("job", now),
@@ -166,7 +182,9 @@ class Orders:
 
     def _own_dataset(self, tx: Transaction, dataset_id: str, caller: Caller) -> None:
         try:
-            datasets_api.visible(tx, dataset_id, caller)
+            found = datasets_api.visible(tx, dataset_id, caller)
+            if auth.is_test(found.owner) is not caller.test:
+                raise NotFound(f"dataset {dataset_id} is of the other mode")
         except NotFound:
             fault = ("/dataset_id", "there is no such dataset")
             raise Refusal(

@@ -71,9 +71,16 @@ def _host(job: Job, leases: Sequence[Lease]) -> schemas.Host | None:
     return schemas.Host(machine_id=last.machine_id, gpu=last.gpu_name, geo=last.geo)
 
 
+def _rehearsal(job: Job) -> schemas.Rehearsal | None:
+    part = job.request.rehearsal
+    return schemas.Rehearsal(**asdict(part)) if part else None
+
+
 def job_summary(job: Job, leases: Sequence[Lease], now: datetime) -> dict[str, Any]:
     return {
         "id": job.id,
+        "livemode": job.request.rehearsal is None,
+        "test": _rehearsal(job),
         "status": job.status,
         "stalled_from": job.stalled_from,
         "reason": schemas.Reason(**job.reason.to_dict()) if job.reason else None,

@@ -111,11 +111,13 @@ class Edge:
     def client(self) -> FlaskClient:
         return self.app.test_client()
 
-    def key(self, owner: str = "alice", *scopes: str, revoked: bool = False) -> dict[str, str]:
-        """Headers with a fresh API key."""
+    def key(
+        self, owner: str = "alice", *scopes: str, revoked: bool = False, kind: str = "live"
+    ) -> dict[str, str]:
+        """Headers with a fresh API key, `live` or `test`."""
         now = self.clock()
         name = new_id("key", now)
-        text = f"stk_test_{name}"
+        text = f"stk_{kind}_{name}"
         with self.store.transaction() as tx:
             tx.add_api_key(
                 ApiKey(
