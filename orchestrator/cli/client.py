@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 import requests
 
-from infra.settings import Settings
+from infra.settings import Settings, server
 from orchestrator.cli.console import CliError, Exit
 
 TIMEOUT_S = 40.0
@@ -60,10 +60,11 @@ class Client:
         url: str,
         key: str,
         *,
+        timeout_s: float = TIMEOUT_S,
         sleep: Callable[[float], None] = time.sleep,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.url = url.rstrip("/")
+        self.url, self._timeout_s = url.rstrip("/"), timeout_s
         self._sleep, self._monotonic = sleep, monotonic
         self._answered = False
         self._session = requests.Session()
@@ -72,12 +73,17 @@ class Client:
         self._session.headers["Authorization"] = f"Bearer {key}".encode()
 
     @classmethod
-    def here(cls) -> Self:
-        """By STOKER_URL and STOKER_API_KEY, else the one that `stoker up` runs here."""
-        url, key = os.environ.get("STOKER_URL", ""), os.environ.get("STOKER_API_KEY", "")
+    def here(cls, *, timeout_s: float = TIMEOUT_S) -> Self:
+        """By STOKER_URL and STOKER_API_KEY or the configuration files, else the one that
+        `stoker up` runs here; its key goes to no other server that a file names."""
+        url, secret = server()
+        key = secret.reveal()
         if not (url and key):
             known = beside(Settings.from_env()) or {}
-            url, key = url or known.get("url", ""), key or known.get("key", "")
+            ours = known.get("url", "")
+            if not key and url in ("", ours, os.environ.get("STOKER_URL", "")):
+                key = known.get("key", "")
+            url = url or ours
         if not (url and key):
             unset = " and ".join(
                 name for name, value in (("STOKER_URL", url), ("STOKER_API_KEY", key)) if not value
@@ -85,10 +91,10 @@ class Client:
             raise CliError(
                 "no Stoker to talk to",
                 f"{unset} not set, and none runs in this directory",
-                f"start one with `stoker up`, or set {unset}",
+                f"start one with `stoker up`, or set {unset} (or in stoker.toml)",
                 Exit.AUTH,
             )
-        return cls(url, key)
+        return cls(url, key, timeout_s=timeout_s)
 
     def call(self, method: str, path: str, **options: Any) -> requests.Response:
         """The answer, below 400."""
@@ -118,7 +124,7 @@ class Client:
                 method,
                 self.url + path,
                 headers=headers,
-                timeout=TIMEOUT_S,
+                timeout=self._timeout_s,
                 allow_redirects=False,
                 **options,
             )
@@ -203,6 +209,11 @@ class Client:
             cursor = page.get("next_cursor")
             if not page.get("has_more") or not cursor:
                 return
+
+    def newest_jobs(self) -> list[dict[str, Any]]:
+        """One page of them."""
+        page = self._items(self.get("/v1/jobs", limit=100))
+        return [self._shaped(item, _JOB) for item in page]
 
     def hosts(self) -> list[dict[str, Any]]:
         """Remembered machines, those to look at first."""

@@ -9,11 +9,15 @@ from typing import Annotated, Any
 import typer
 
 from orchestrator.cli.client import Client
+from orchestrator.cli.completion import machines
 from orchestrator.cli.console import err, out, print_json, print_rows
 from orchestrator.cli.jobs import AsJson
 
 Machine = Annotated[
-    str, typer.Argument(help="The machine's number, as `stoker hosts ls` shows it.")
+    str,
+    typer.Argument(
+        help="The machine's number, as `stoker hosts ls` shows it.", autocompletion=machines
+    ),
 ]
 TITLE = ("MACHINE", "GPU", "PLACE", "GOOD/BAD", "BOOT", "MBIT/S", "STEPS/S", "NOW", "LAST FAILURE")
 

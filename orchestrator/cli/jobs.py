@@ -17,6 +17,7 @@ from rich.progress import track
 from gpu_agent import needs
 from gpu_agent.recipe import FAMILIES, QUALITIES, Recipe
 from orchestrator.cli.client import Client, job_path
+from orchestrator.cli.completion import families, job_ids, qualities
 from orchestrator.cli.console import (
     CliError,
     Exit,
@@ -30,7 +31,9 @@ from orchestrator.cli.follow import ENDED, durations, follow, picture
 from state.job import Status
 
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
-JobId = Annotated[str, typer.Argument(help="The job's id, as `stoker ps` shows it.")]
+JobId = Annotated[
+    str, typer.Argument(help="The job's id, as `stoker ps` shows it.", autocompletion=job_ids)
+]
 #: Seconds between two looks of `ps -w` and `logs -f`.
 WATCH_S = 2.0
 LOGS_S = 1.0
@@ -53,9 +56,16 @@ def train(
         typer.Option(help="civitai:<version>, hf:<owner>/<repo>/<file>, s3:bases/<key> or a URL."),
     ],
     trigger: Annotated[str, typer.Option(help="The word that will stand for the subject.")] = "",
-    family: Annotated[str, typer.Option(help=f"Of the base: {', '.join(FAMILIES)}.")] = "sd1",
+    family: Annotated[
+        str,
+        typer.Option(help=f"Of the base: {', '.join(FAMILIES)}.", autocompletion=families),
+    ] = "sd1",
     quality: Annotated[
-        str, typer.Option(help=f"Sets what the recipe does not say: {', '.join(QUALITIES)}.")
+        str,
+        typer.Option(
+            help=f"Sets what the recipe does not say: {', '.join(QUALITIES)}.",
+            autocompletion=qualities,
+        ),
     ] = "standard",
     steps: Annotated[int | None, typer.Option(help="Training steps.")] = None,
     recipe: Annotated[
