@@ -122,12 +122,9 @@ def add(
     group_by: GroupBy,
     now: datetime,
 ) -> None:
-    """Add these leases to their `groups`; what was never rented, or only pretended, cost nothing
-    and is in none."""
+    """Add these leases to their `groups`; what was never rented cost nothing, and is in none."""
     key = _KEYS[group_by]
     for lease in leases:
-        if lease.rehearsed:
-            continue
         job = jobs.get(lease.job)
         split = of(lease, job, now)
         if split.machines:

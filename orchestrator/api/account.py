@@ -48,8 +48,7 @@ def standing(deps: Deps) -> Account:
     now, settings = deps.clock(), deps.settings
     limits = settings.limits
     with deps.store.transaction() as tx:
-        book = brakes.read(tx, limits, now)
-        opened = [lease for lease in tx.open_leases() if not lease.rehearsed]
+        book, opened = brakes.read(tx, limits, now), tx.open_leases()
     credit, read_at = _read(book.beats)
     burn = money.burn(opened)
     unread = brakes.unreadable_since(book.beats, brakes.NO_CREDIT_READ, brakes.CREDIT)

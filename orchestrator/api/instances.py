@@ -83,8 +83,8 @@ def standing(deps: Deps) -> Instances:
     """Every open lease, and what the last sweep saw."""
     now = deps.clock()
     with deps.store.transaction() as tx:
-        every, beats = tx.open_leases(), tx.beats()
-        opened = [lease for lease in every if not lease.rehearsed]
+        opened, beats = tx.open_leases(), tx.beats()
+        rehearsed = len(tx.open_rehearsals())
         jobs = tx.jobs({lease.job for lease in opened})
     listed = [_instance(lease, jobs.get(lease.job), now) for lease in opened]
     listed.sort(key=lambda item: (item.verdict != "releasing", -item.price_per_hour, item.lease))
@@ -92,7 +92,7 @@ def standing(deps: Deps) -> Instances:
         data=listed,
         burn_per_hour=money.burn(opened),
         cost=sum(item.cost for item in listed),
-        rehearsed=len(every) - len(opened),
+        rehearsed=rehearsed,
         sweep=last_sweep(beats, now),
     )
 
