@@ -8,7 +8,7 @@ from flask import Blueprint, flash, redirect, request, url_for
 from werkzeug.wrappers import Response
 
 from gpu_agent.wire import Order
-from orchestrator.api import auth
+from orchestrator.api import auth, sweeps
 from orchestrator.api.jobs import visible
 from orchestrator.api.problems import Refusal, refusal_of
 from orchestrator.deps import Deps
@@ -86,6 +86,6 @@ def register(pages: Blueprint, deps: Deps, waker: Waker) -> None:
 
     @pages.post("/sweep")
     def sweep_now() -> Response:
-        waker("", ["sweep"])
-        flash("The account is looked at now; what nobody needs is destroyed.", "ok")
+        sweeps.sweep(deps, dry_run=False)
+        flash("A look at the account is ordered; what nobody needs is destroyed by it.", "ok")
         return redirect(url_for("pages.fleet"), 303)

@@ -105,6 +105,8 @@ class Row:
     id: str
     status: Status
     owner: str
+    #: of a test key: its machines are pretended, and cost nothing
+    rehearsal: bool
     base: str
     metadata: tuple[tuple[str, str], ...]
     attempt: int
@@ -306,6 +308,7 @@ def row(
         id=job.id,
         status=job.status,
         owner=job.owner,
+        rehearsal=job.request.rehearsal is not None,
         base=job.request.base,
         metadata=tuple(sorted(job.request.metadata.items())),
         attempt=job.attempt,

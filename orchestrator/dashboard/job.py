@@ -17,7 +17,7 @@ from gpu_agent.recipe import Recipe, RecipeError
 from gpu_agent.wire import Fact
 from orchestrator.api import auth, present, reads, schemas
 from orchestrator.api.jobs import DOWNLOAD_SPAN_S, MAX_TRANSITIONS, downloadable, visible
-from orchestrator.api.reads import Checkpoint, JobCost, LogLine, Sample
+from orchestrator.api.reads import Checkpoint, Explanation, JobCost, LogLine, Sample
 from orchestrator.dashboard import fleet, states
 from orchestrator.deps import Deps
 from state import series, usual
@@ -59,6 +59,9 @@ class Look:
     samples: tuple[Sample, ...]
     files: tuple[Artefact, ...]
     deliveries: tuple[schemas.Delivery, ...]
+    explained: Explanation = field(compare=False)
+    #: what of `explained` is more than the passing of time
+    standing: tuple[Any, ...]
     now: datetime = field(compare=False)
 
     @property
@@ -120,6 +123,7 @@ def look(tx: Transaction, job: Job, deps: Deps) -> Look:
     leases = tx.leases_of(job.id)
     transitions = tuple(tx.events(job.id, limit=MAX_TRANSITIONS, type="transition"))
     tries = tx.deliveries(job.id, limit=1000)
+    explained = reads.explained(tx, job, deps)
     return Look(
         job=job,
         row=fleet.row(job, leases, transitions, usual.known(tx.beats()), now),
@@ -131,7 +135,20 @@ def look(tx: Transaction, job: Job, deps: Deps) -> Look:
         samples=tuple(reads.samples(tx, job).data),
         files=tuple(tx.artefacts(job.id)),
         deliveries=tuple(present.delivery(item, tries) for item in tx.list_outgoing(job.id)),
+        explained=explained,
+        standing=_standing(explained),
         now=now,
+    )
+
+
+def _standing(told: Explanation) -> tuple[Any, ...]:
+    return (
+        told.waits_for,
+        told.next.words if told.next else "",
+        tuple((item.name, item.at) for item in told.deadlines),
+        tuple((item.name, item.well) for item in told.signals),
+        tuple(item.code for item in told.brakes),
+        tuple(told.search.refused.items()),
     )
 
 
@@ -236,6 +253,10 @@ def fragments(tx: Transaction, before: Look | None, after: Look) -> str:
     if before is None or _status(before) != _status(after):
         part("status")
         part("facts")
+    if job.terminal:
+        html.append('<section id="job-explain" hx-swap-oob="delete"></section>')
+    elif before is None or before.standing != after.standing or before.row != after.row:
+        part("explain")
     if before is None or before.row.stretches != after.row.stretches:
         part("states")
     for name in ("checkpoints", "samples", "files", "deliveries"):

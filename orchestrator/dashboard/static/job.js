@@ -134,7 +134,7 @@ function draw() {
     lines.push({ label: `validation${of(attempt)}`, stroke: tint, width: 1.5, dash: [4, 4], spanGaps: true, points: { show: true, size: 8, fill: tint, stroke: tint }, value });
   }
   const ink = colour("muted");
-  const grid = { stroke: getComputedStyle(plot).getPropertyValue("border-top-color"), width: 1 };
+  const grid = { stroke: colour("grid-line"), width: 1 };
   const wanted = JSON.stringify([lines.map((line) => [line.label, String(line.stroke)]), logY.checked, ink]);
   const limits = () => range(data.slice(1).flat());
   if (chart && wanted === shape) {
