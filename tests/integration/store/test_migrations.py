@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import json
 import re
 import subprocess
 import sys
@@ -110,24 +109,20 @@ def test_a_url_that_is_not_of_postgresql_is_refused_without_repeating_it(url):
 
 
 #: A job as revision 0002 has it.
-OLD_JOB = {
-    **dict.fromkeys(("attempt", "seq", "owed", "moved", "interruptions"), 0),
-    **dict.fromkeys(("created_at", "entered_at"), "2026-01-01T00:00:00Z"),
-    **dict.fromkeys(("known", "orders", "excluded_machines"), []),
-    **dict.fromkeys(("request", "progress", "metadata"), {}),
-    **{"id": "job_1", "owner": "acme", "status": "training", "lease": "", "dataset_id": "ds_1"},
-    "dataset_ready": True,
-}
+OLD_JOB = """{
+  "id": "job_1", "owner": "acme", "status": "training", "lease": "", "dataset_id": "ds_1",
+  "attempt": 1, "seq": 0, "owed": 2, "moved": 0, "interruptions": 0, "dataset_ready": true,
+  "created_at": "2026-01-01T00:00:00Z", "entered_at": "2026-01-01T00:00:00Z",
+  "known": [], "orders": [], "excluded_machines": [], "request": {}, "progress": {}, "metadata": {}
+}"""
 
 
 def test_webhooks_of_an_older_version_have_an_owner_and_an_end_after_the_upgrade(make_database):
     url = make_database()
     migrations.upgrade(url, "0002")
     with psycopg.connect(url) as connection:
-        row = (json.dumps(OLD_JOB),)
-        connection.execute(
-            "INSERT INTO jobs SELECT * FROM json_populate_record(NULL::jobs, %s)", row
-        )
+        stored = "INSERT INTO jobs SELECT * FROM json_populate_record(NULL::jobs, %s)"
+        connection.execute(stored, [OLD_JOB])
         connection.execute(
             "INSERT INTO outgoing (id, job, seq, type, created_at, payload, status, tries) VALUES"
             " ('m1', 'job_1', 1, 'x', '2026-01-01Z', '{}', 'delivered', 1),"
