@@ -214,6 +214,8 @@ CONTEXT = 0.9
 FRAGMENTED = 1.06
 #: A decoder that does not fit goes over the image in tiles of 512 px.
 _TILE = 0.25
+#: By which power of a network's parameters its time grows. A guess.
+_HEAVIER = 0.7
 #: GB of disk for the agent's image, the dataset, caches, checkpoints and results.
 _DISK_BESIDES = 25.0
 _GIB = 2**30
@@ -304,11 +306,21 @@ def least(recipe: Recipe, family: str) -> float:
     return rungs(recipe, family)[0][0]
 
 
+def base_gb(family: str) -> float:
+    """GB of the family's base model, its denoiser at half precision."""
+    geometry = GEOMETRIES[family]
+    return geometry.parameters * 2.0 + (geometry.encoders + geometry.vae) * _GIB / 1e9
+
+
 def disk(family: str) -> float:
     """GB of disk that a training of the family takes, its base model's files first of all."""
-    geometry = GEOMETRIES[family]
-    base = geometry.parameters * 2.0 + (geometry.encoders + geometry.vae) * _GIB / 1e9
-    return float(math.ceil(base + _DISK_BESIDES))
+    return float(math.ceil(base_gb(family) + _DISK_BESIDES))
+
+
+def heaviness(family: str) -> float:
+    """How much longer one image takes than one of SD 1.x of the same size. A guess: large
+    networks use a GPU better, so that time grows more slowly than parameters."""
+    return math.pow(GEOMETRIES[family].parameters / GEOMETRIES["sd1"].parameters, _HEAVIER)
 
 
 def _as_offered(gib: float) -> float:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
+from gpu_agent import needs
 from gpu_agent.recipe import Recipe, RecipeError
 from state import policy, progress
 from state.events import HostRecord
@@ -147,13 +148,14 @@ def _mean(old: float | None, new: float | None) -> float | None:
 
 
 def size_of_step(request: JobRequest) -> float:
-    """How many images of 512 px one step is worth: speeds of different recipes compare by it."""
+    """How many images of 512 px in SD 1.x one step is worth: by it speeds compare, whatever the
+    recipe and the family."""
     try:
         recipe = Recipe.from_dict(request.recipe, request.base_family)
     except RecipeError:
         return 1.0
     images = recipe.batch_size * recipe.gradient_accumulation
-    return images * (recipe.resolution / 512) ** 2
+    return images * (recipe.resolution / 512) ** 2 * needs.heaviness(request.base_family)
 
 
 def by_urgency(hosts: Sequence[HostRecord], now: datetime) -> list[HostRecord]:

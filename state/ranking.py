@@ -57,7 +57,7 @@ GPU_MEMORY: dict[str, float] = {
 class Workload:
     """What a job will do on whatever machine it gets. Bytes, and seconds on an RTX 4090.
 
-    The defaults are guesses for SD 1.x; they decide the order of offers and nothing else.
+    The defaults are guesses for SD 1.x; they decide the order of offers, and what is estimated.
     """
 
     image_bytes: int = 4_000_000_000
@@ -76,7 +76,7 @@ class Workload:
         return next((slow for least, slow in reversed(self.rungs) if least <= vram_gb), 1.0)
 
 
-#: Guessed seconds on an RTX 4090 for one image of 512 px, forward and back.
+#: Guessed seconds on an RTX 4090 for one image of 512 px in SD 1.x, forward and back.
 SECONDS_PER_IMAGE = 0.15
 #: Guessed seconds for loading, caching, validating and uploading.
 SECONDS_AROUND = 120.0
@@ -88,10 +88,10 @@ def workload(request: JobRequest, dataset_bytes: int) -> Workload:
     Raises: RecipeError, when the recipe cannot be trained.
     """
     recipe = Recipe.from_dict(request.recipe, request.base_family)
-    images = recipe.steps * recipe.batch_size * recipe.gradient_accumulation
-    seconds = images * SECONDS_PER_IMAGE * (recipe.resolution / 512) ** 2
-    training_s = SECONDS_AROUND + seconds
+    images = recipe.steps * memory.size_of_step(request)
+    training_s = SECONDS_AROUND + images * SECONDS_PER_IMAGE
     return Workload(
+        base_bytes=round(needs.base_gb(request.base_family) * 1e9),
         dataset_bytes=dataset_bytes,
         training_s=training_s,
         checkpoint_s=min(training_s, recipe.checkpoint_s or training_s),
@@ -153,15 +153,29 @@ def boot_s(work: Workload, host: HostRecord | None = None) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Expectation:
-    """What a finished job on an offer comes to: seconds, micro-USD; `chance` that the machine
-    sees it through, `lost` how many attempts are lost until one does."""
+    """What a finished job on an offer comes to: seconds, micro-USD.
+
+    Attributes:
+        chance: that the machine sees it through.
+        lost: how many attempts are lost until one does, on the average.
+        once, once_s: what it costs and takes if none is lost.
+        again, again_s: what each lost one adds.
+        cost: what is expected, lost attempts and all.
+    """
 
     boot_s: float
     download_s: float
     training_s: float
     chance: float
     lost: float
+    once: float
+    again: float
+    again_s: float
     cost: float
+
+    @property
+    def once_s(self) -> float:
+        return self.boot_s + self.download_s + self.training_s
 
 
 def expect(
@@ -179,8 +193,9 @@ def expect(
     training_s = work.training_s * work.slowness(offer.vram_gb) / speed
     hours = (boot + download_s + training_s) / 3600
     traffic = incoming / 1e9 * offer.download_price
-    money = hours * offer.price + traffic + work.output_bytes / 1e9 * offer.upload_price
+    once = hours * offer.price + traffic + work.output_bytes / 1e9 * offer.upload_price
     again_s = boot + download_s + min(work.checkpoint_s, training_s)
+    again = again_s / 3600 * offer.price + traffic
     chance = max(LEAST_CHANCE, offer.reliability * memory.standing(host, now).chance)
     lost = (1 - chance) / chance + (INTERRUPTIONS_PER_HOUR * hours if offer.bid else 0.0)
     return Expectation(
@@ -189,7 +204,10 @@ def expect(
         training_s=training_s,
         chance=chance,
         lost=lost,
-        cost=money + lost * (again_s / 3600 * offer.price + traffic),
+        once=once,
+        again=again,
+        again_s=again_s,
+        cost=once + lost * again,
     )
 
 
@@ -264,13 +282,12 @@ def choose(
     barred: list[tuple[Offer, str]] = []
     for offer in offers:
         expected = expect(offer, work, known, now)
-        lasts_s = expected.boot_s + expected.download_s + expected.training_s
         shunned = memory.shunned(known.hosts.get(offer.machine_id), now, rules)
         if offer.machine_id in excluded:
             barred.append((offer, "failed this job before, or tried for it now"))
         elif shunned and shunned != memory.FAILED_LATELY:
             barred.append((offer, shunned))
-        elif offer.duration_s and offer.duration_s < ENDS_TOO_SOON * lasts_s:
+        elif offer.duration_s and offer.duration_s < ENDS_TOO_SOON * expected.once_s:
             barred.append((offer, "ending before the job would"))
         else:
             (doubtful if shunned else ranked).append((offer, expected))
