@@ -29,6 +29,7 @@ from orchestrator.cli.console import (
 )
 from orchestrator.cli.follow import ENDED, durations, follow, picture
 from state.job import Status
+from state.rehearsal import FIXTURES
 
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 JobId = Annotated[
@@ -81,6 +82,10 @@ def train(
         bool, typer.Option(help="A second machine where the first is slow to boot.")
     ] = True,
     webhook: Annotated[str, typer.Option(help="Where to tell of each step.")] = "",
+    fixture: Annotated[str, typer.Option(help=f"With a test key: {', '.join(FIXTURES)}.")] = "",
+    time_scale: Annotated[
+        float | None, typer.Option(help="With a test key: so many seconds pass in one; usually 60.")
+    ] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before spending.")] = False,
     detach: Annotated[bool, typer.Option(help="Do not follow the job.")] = False,
     dry_run: Annotated[bool, typer.Option(help="Show the plan and stop.")] = False,
@@ -104,12 +109,14 @@ def train(
     }
     if webhook:
         body["webhook"] = {"url": webhook}
+    if test := _rehearsal(fixture, time_scale):
+        body["test"] = test
     _show_plan(files, body)
     if dry_run:
         if as_json:
             print_json({"photographs": [str(path) for path in files], "job": body})
         return
-    if not yes:
+    if not yes and "test" not in body:
         _confirm(max_cost)
     client = Client.here()
     dataset = upload_dataset(client, photos, files)
@@ -124,6 +131,15 @@ def train(
             out.print(job["id"], markup=False)
         return
     finish(client, job["id"], as_json=as_json)
+
+
+def _rehearsal(fixture: str, time_scale: float | None) -> dict[str, Any]:
+    """What is rehearsed, as the options say it; empty for a real training."""
+    if fixture and fixture not in FIXTURES:
+        known = f"known are {', '.join(FIXTURES)}"
+        raise CliError(f"no fixture is called {fixture!r}", known, "name one of them", Exit.USAGE)
+    said = {"fixture": fixture or None, "time_scale": time_scale}
+    return {key: value for key, value in said.items() if value is not None}
 
 
 def _confirm(max_cost: float) -> None:
@@ -202,6 +218,7 @@ def _show_plan(files: Sequence[Path], body: Mapping[str, Any]) -> None:
             ("  GPU", _gpu_words(body)),
             ("  at most", f"${body['max_cost'] / 1e6:.2f}, all attempts together"),
             *([("  webhook", body["webhook"]["url"])] if "webhook" in body else []),
+            *([("  rehearsed", "nothing is rented or spent")] if "test" in body else []),
         ],
     )
 

@@ -24,6 +24,7 @@ from infra.migrations import current, upgrade
 from infra.settings import Settings, SettingsError
 from infra.storage import Storage
 from infra.wiring import Services, utc_now
+from orchestrator.api.auth import LIVE_PREFIX, TEST_OWNER, TEST_PREFIX, is_test
 from orchestrator.api.ids import new_id
 from orchestrator.cli.client import beside, beside_file
 from orchestrator.cli.console import CliError, Exit, err, out, print_json, print_rows
@@ -49,6 +50,8 @@ from tasks.deallocate import sweep as sweep_account
 
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 SCOPES = frozenset({"jobs:read", "jobs:write", "operator"})
+#: What the scopes of a test key say besides.
+TEST_SCOPE = "test"
 #: The name of the key that `up` makes for commands on its machine.
 LOCAL_KEY = "stoker up on this machine"
 #: Listening there is listening everywhere; calling there is calling ourselves.
@@ -128,10 +131,11 @@ def _settings_of_up(bind: str) -> Settings:
             Exit.USAGE,
         )
     settings = dataclasses.replace(settings, bind=bind or settings.bind)
+    host, port = address(settings.bind)
+    nearest = f"http://{'127.0.0.1' if host in ANY_HOST else host}:{port}"
+    settings = dataclasses.replace(settings, test_url=settings.test_url or nearest)
     if settings.public_url == Settings.public_url:  # not set: at least it is the right port
-        host, port = address(settings.bind)
-        host = "127.0.0.1" if host in ANY_HOST else host
-        settings = dataclasses.replace(settings, public_url=f"http://{host}:{port}")
+        settings = dataclasses.replace(settings, public_url=nearest)
     return settings
 
 
@@ -267,9 +271,12 @@ def _ready_to_run() -> Settings:
 # --- keys and the database --------------------------------------------------------------------
 
 
-def make_key(have: Services, *, owner: str, name: str, scopes: frozenset[str]) -> str:
-    """A new API key; the text is returned once and only its hash is kept."""
-    key = "stk_live_" + secrets.token_urlsafe(32)
+def make_key(
+    have: Services, *, owner: str, name: str, scopes: frozenset[str], test: bool = False
+) -> str:
+    """A new API key; the text is returned once and only its hash is kept. With `test` one that
+    only rehearses; its scopes then say so too, for lists of keys."""
+    key = (TEST_PREFIX if test else LIVE_PREFIX) + secrets.token_urlsafe(32)
     with have.store.transaction() as tx:
         tx.add_api_key(
             ApiKey(
@@ -277,7 +284,7 @@ def make_key(have: Services, *, owner: str, name: str, scopes: frozenset[str]) -
                 owner=owner,
                 name=name,
                 hash=hashlib.sha256(key.encode()).hexdigest(),
-                scopes=scopes,
+                scopes=scopes | {TEST_SCOPE} if test else scopes,
                 created_at=utc_now(),
             )
         )
@@ -288,6 +295,9 @@ def create(
     name: Annotated[str, typer.Argument(help="Whom it is for.")],
     owner: Annotated[str, typer.Option(help="Whose jobs it sees.")] = "default",
     scope: Annotated[list[str] | None, typer.Option(help="jobs:read, jobs:write, operator")] = None,
+    test: Annotated[
+        bool, typer.Option("--test", help="Rehearses: its jobs rent nothing and cost nothing.")
+    ] = False,
 ) -> None:
     """Make an API key; it is shown once.
 
@@ -301,7 +311,21 @@ def create(
             f"known are {', '.join(sorted(SCOPES))}",
             Exit.USAGE,
         )
-    print(make_key(Services(here()), owner=owner, name=name, scopes=scopes))
+    if test and "operator" in scopes:
+        raise CliError(
+            "a test key is no operator's",
+            "it sees what test keys of its owner made, and nothing else",
+            "leave out --scope operator, or --test",
+            Exit.USAGE,
+        )
+    if is_test(owner):
+        raise CliError(
+            f"no owner may be called {owner!r}",
+            f"a test key of {owner.removesuffix(TEST_OWNER)!r} acts for an owner of that name",
+            "another --owner, or --test",
+            Exit.USAGE,
+        )
+    print(make_key(Services(here()), owner=owner, name=name, scopes=scopes, test=test))
     err.print("it is shown this once; send it as `Authorization: Bearer …`", markup=False)
 
 
