@@ -207,7 +207,7 @@ def register(pages: Blueprint, deps: Deps, waker: Waker) -> None:
         shown, _ = orders.take(order, g.caller, key, request.get_json())
         answer = {
             "job": shown.id,
-            "url": url_for("pages.fleet"),
+            "url": url_for("pages.job", job_id=shown.id),
             "webhook_secret": shown.webhook_secret,
         }
         return Response(json.dumps(answer), status=202, mimetype="application/json")

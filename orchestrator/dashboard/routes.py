@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from flask import Blueprint, Flask
 
-from orchestrator.dashboard import access, actions, fleet, job, live, new, webhooks, words
+from orchestrator.dashboard import access, actions, fleet, job, live, money, new, webhooks, words
 from orchestrator.deps import Deps
 from orchestrator.waker import Waker
 
 #: What the frame's navigation names, in order.
-PAGES = (("pages.fleet", "Fleet"), ("pages.new", "New training"), ("pages.webhooks", "Webhooks"))
+PAGES = (
+    ("pages.fleet", "Fleet"),
+    ("pages.money", "Money & hosts"),
+    ("pages.webhooks", "Webhooks"),
+    ("pages.new", "New training"),
+)
 
 
 def install(app: Flask, deps: Deps, waker: Waker) -> None:
@@ -26,6 +31,7 @@ def install(app: Flask, deps: Deps, waker: Waker) -> None:
     fleet.register(pages, deps)
     job.register(pages, deps)
     actions.register(pages, deps, waker)
+    money.register(pages, deps)
     new.register(pages, deps, waker)
     webhooks.register(pages, deps, waker)
     live.register(pages, deps)

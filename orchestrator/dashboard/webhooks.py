@@ -1,0 +1,225 @@
+"""Webhooks: whom we tell of jobs and of what, what became of each message, and once more."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from datetime import timedelta
+
+from flask import Blueprint, flash, g, redirect, render_template, request, url_for
+from pydantic import ValidationError
+from werkzeug.datastructures import MultiDict
+from werkzeug.wrappers import Response
+
+from orchestrator.api import deliveries, jobs, webhook_endpoints
+from orchestrator.api.deliveries import DeliveriesQuery
+from orchestrator.api.ids import new_id
+from orchestrator.api.problems import Refusal, refusal_of
+from orchestrator.api.webhook_endpoints import EndpointChange, EndpointIn, NewWebhook
+from orchestrator.dashboard.access import inside
+from orchestrator.deps import Deps
+from orchestrator.waker import Waker
+from state import endpoints as places
+from state.endpoints import Backlog
+from state.errors import NotFound, StokerError
+from state.events import OutgoingStatus
+
+#: Deliveries on a page.
+PAGE = 30
+#: What was given up is told of for so long.
+GIVEN_UP = timedelta(days=7)
+#: A glyph beside every colour.
+DELIVERY_GLYPHS = {"waiting": "◔", "delivered": "✔", "exhausted": "✖", "disabled": "■"}
+DELIVERY_KINDS = {"waiting": "info", "delivered": "ok", "exhausted": "bad", "disabled": ""}
+
+
+def register(pages: Blueprint, deps: Deps, waker: Waker) -> None:
+    """Put the page's views into `pages`."""
+    pages.add_app_template_global(DELIVERY_GLYPHS, "DELIVERY_GLYPHS")  # type: ignore[arg-type]
+    pages.add_app_template_global(DELIVERY_KINDS, "DELIVERY_KINDS")  # type: ignore[arg-type]
+
+    def show(*, fresh: NewWebhook | None = None, faults: dict[str, str] | None = None) -> str:
+        query = _query(request.args)
+        with deps.store.transaction() as tx:
+            backlog = tx.webhook_backlog(deps.clock() - GIVEN_UP)
+        return render_template(
+            "webhooks.html",
+            endpoints=webhook_endpoints.all_of(deps, g.caller),
+            backlog=_by_endpoint(backlog),
+            deliveries=deliveries.page(deps, g.caller, query),
+            query=query,
+            statuses=[status.value for status in OutgoingStatus],
+            types=places.TYPES,
+            overlap=places.OVERLAP,
+            form=request.form,
+            form_key=new_id("form", deps.clock()),
+            fresh=fresh,
+            faults=faults or {},
+        )
+
+    def done(words: str) -> Response:
+        flash(words, "ok")
+        return redirect(url_for("pages.webhooks"), 303)
+
+    def attempt(move: Callable[[], Response | str]) -> Response | str:
+        """What `move` answers; a refusal is said on the page, which shows things as they are."""
+        try:
+            return move()
+        except NotFound:
+            raise
+        except (Refusal, StokerError) as error:
+            flash(_words(refusal_of(error)), "error")
+            return redirect(url_for("pages.webhooks"), 303)
+
+    @pages.get("/webhooks")
+    def webhooks() -> str:
+        return show()
+
+    @pages.post("/webhooks", endpoint="add_webhook")
+    def add() -> Response | str | tuple[str, int]:
+        try:
+            body = EndpointIn(
+                url=request.form.get("url", "").strip(),
+                events=request.form.getlist("events"),
+                description=request.form.get("description", "").strip(),
+            )
+            key = request.form.get("form_key") or None
+            fresh, again = webhook_endpoints.create(deps, g.caller, body, key)
+        except ValidationError as error:
+            return show(faults=_faults(error)), 422
+        except Refusal as refusal:
+            return show(faults=dict(refusal.errors) or {"": refusal.detail}), refusal.status
+        if again:
+            return done(f"{fresh.url} was added already; its secret was shown then.")
+        return show(fresh=fresh)
+
+    @pages.post("/webhooks/<endpoint_id>", endpoint="change_webhook")
+    def change(endpoint_id: str) -> Response | str:
+        def move() -> Response:
+            said = {
+                "events": request.form.getlist("events"),
+                "description": request.form.get("description", "").strip(),
+            }
+            url = request.form.get("url", "").strip()
+            try:
+                body = EndpointChange(**said, **({"url": url} if url else {}))  # type: ignore[arg-type]
+            except ValidationError as error:
+                raise Refusal(422, "invalid", "; ".join(_faults(error).values())) from None
+            webhook_endpoints.change(deps, g.caller, endpoint_id, body)
+            return done("Changed.")
+
+        return attempt(move)
+
+    @pages.post("/webhooks/<endpoint_id>/enable", endpoint="enable_webhook")
+    def enable(endpoint_id: str) -> Response | str:
+        def move() -> Response:
+            body = EndpointChange(enabled=True)
+            webhook_endpoints.change(deps, g.caller, endpoint_id, body)
+            return done("Enabled. What it missed can be replayed, one by one.")
+
+        return attempt(move)
+
+    @pages.post("/webhooks/<endpoint_id>/disable", endpoint="disable_webhook")
+    def disable(endpoint_id: str) -> Response | str:
+        def move() -> Response:
+            body = EndpointChange(enabled=False)
+            webhook_endpoints.change(deps, g.caller, endpoint_id, body)
+            return done("Disabled: nothing is sent to it until you enable it.")
+
+        return attempt(move)
+
+    @pages.post("/webhooks/<endpoint_id>/test", endpoint="test_webhook")
+    def test(endpoint_id: str) -> Response | str:
+        def move() -> Response:
+            kind = request.form.get("type", places.TEST)
+            if kind not in places.TYPES:
+                raise Refusal(422, "invalid", f"there is no event {kind[:60]!r}")
+            sent = webhook_endpoints.send_test(deps, waker, g.caller, endpoint_id, kind)
+            flash(f"A {kind} is on its way.", "ok")
+            return redirect(url_for("pages.delivery", delivery_id=sent.id), 303)
+
+        return attempt(move)
+
+    @pages.post("/webhooks/<endpoint_id>/rotate", endpoint="rotate_webhook")
+    def rotate(endpoint_id: str) -> Response | str:
+        def move() -> Response | str:
+            overlap = timedelta() if request.form.get("now") else places.OVERLAP
+            key = request.form.get("form_key") or None
+            fresh, again = webhook_endpoints.rotate(deps, g.caller, endpoint_id, overlap, key)
+            if again:
+                return done("The secret was rotated already; the new one was shown then.")
+            return show(fresh=fresh)
+
+        return attempt(move)
+
+    @pages.post("/webhooks/<endpoint_id>/delete", endpoint="delete_webhook")
+    def delete(endpoint_id: str) -> Response | str:
+        webhook_endpoints.remove(deps, g.caller, endpoint_id)
+        return done("Deleted. What was sent to it stays in the log.")
+
+    @pages.get("/webhooks/deliveries/<delivery_id>")
+    def delivery(delivery_id: str) -> str:
+        found = deliveries.one(deps, g.caller, delivery_id)
+        endpoint = url = None
+        if found.endpoint:
+            try:
+                endpoint = webhook_endpoints.one(deps, g.caller, found.endpoint)
+                url = endpoint.url
+            except NotFound:
+                pass
+        elif found.job:
+            try:
+                with deps.store.transaction() as tx:
+                    url = jobs.visible(tx, found.job, g.caller).request.webhook_url
+            except NotFound:
+                pass
+        return render_template(
+            "webhooks_delivery.html",
+            delivery=found,
+            endpoint=endpoint,
+            url=url,
+            payload=json.dumps(found.payload, indent=2, ensure_ascii=False),
+        )
+
+    @pages.post("/webhooks/deliveries/<delivery_id>/replay", endpoint="replay_delivery")
+    def replay(delivery_id: str) -> Response:
+        try:
+            deliveries.replay(deps, waker, g.caller, delivery_id)
+        except Refusal as refusal:
+            flash(refusal.detail, "error")
+        else:
+            flash(f"{delivery_id} goes out once more, under the same webhook-id.", "ok")
+        back = request.form.get("back")
+        here = url_for("pages.delivery", delivery_id=delivery_id)
+        return redirect(inside(back) if back else here, 303)
+
+
+def _query(args: MultiDict[str, str]) -> DeliveriesQuery:
+    """What the filters ask for. Raises: Refusal 422."""
+    # url_for() keeps the name `endpoint` to itself
+    names = {"job": "job", "to": "endpoint", "status": "status", "cursor": "cursor"}
+    said = {name: args[key] for key, name in names.items() if args.get(key)}
+    try:
+        return DeliveriesQuery.model_validate({**said, "limit": PAGE})
+    except ValidationError as error:
+        faults = [f"{name.strip('/')}: {why}" for name, why in _faults(error).items()]
+        raise Refusal(422, "invalid", "; ".join(faults)) from None
+
+
+def _faults(error: ValidationError) -> dict[str, str]:
+    """By the first part of the pointer."""
+    return {
+        f"/{item['loc'][0]}" if item["loc"] else "": item["msg"].removeprefix("Value error, ")
+        for item in error.errors(include_url=False, include_context=False, include_input=False)
+    }
+
+
+def _words(refusal: Refusal) -> str:
+    return "; ".join(why for _, why in refusal.errors) or refusal.detail
+
+
+def _by_endpoint(backlog: list[Backlog]) -> dict[str, dict[str, Backlog]]:
+    found: dict[str, dict[str, Backlog]] = {}
+    for item in backlog:
+        found.setdefault(item.endpoint, {})[item.status.value] = item
+    return found
