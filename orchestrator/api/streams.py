@@ -28,7 +28,7 @@ FOLLOWED = frozenset({"list_events", "list_logs"})
 #: Items read at once for somebody who is behind.
 AT_ONCE = 200
 #: Of several items with one seq, all but the last have their number behind it.
-_ID = re.compile(r"(\d{1,15})(?:\.(\d{1,9}))?")
+_ID = re.compile(r"([0-9]{1,15})(?:\.([0-9]{1,9}))?")
 
 
 class Item(Protocol):
