@@ -189,15 +189,33 @@ def test_the_fleet_is_sent_whole_and_then_what_changed(edge: Edge) -> None:
     agent, other = edge.agent(), edge.job()
     answer = live(edge.page(), "/live/fleet")
     _, whole = some_of(answer, 2)
-    assert agent.spec.job.encode() in whole and other.id.encode() in whole
+    assert agent.spec.job.encode() in whole
+    assert other.id.encode() in whole
     agent.report(wire.Fact.GPU_READY)
     (news,) = some_of(answer, 1)
     (message,) = messages(news)
     assert message.event == ""  # htmx swaps it
-    assert agent.spec.job in message.data and "hx-swap-oob" in message.data
+    assert agent.spec.job in message.data
+    assert "hx-swap-oob" in message.data
     assert f'id="{other.id}"' not in message.data
 
 
 def test_strangers_see_no_live_page(edge: Edge) -> None:
     answer = live(edge.client(), "/live/fleet")
     assert answer.status_code == 401
+
+
+def test_a_jobs_page_is_sent_whole_and_then_what_changed(edge: Edge) -> None:
+    agent = edge.agent()
+    answer = live(edge.page(), f"/live/jobs/{agent.spec.job}")
+    _, whole = some_of(answer, 2)
+    assert "hx-swap-oob" in next(messages(whole)).data
+    agent.report(wire.Fact.LOG_LINES, lines=["a line <of> the log"])
+    (news,) = some_of(answer, 1)
+    (message,) = messages(news)
+    assert "a line &lt;of&gt; the log" in message.data
+    assert len(news) < len(whole) / 2
+
+
+def test_a_job_that_is_not_there_has_no_live_page(edge: Edge) -> None:
+    assert live(edge.page(), "/live/jobs/job_nowhere").status_code == 404
