@@ -18,13 +18,16 @@ from state.errors import StokerError
 
 #: Modules with a `register(app)`, in the order of `stoker --help`.
 MODULES = (
-    "demo", "jobs", "hosts", "servers", "doctor", "sandbox", "bench", "sim", "docs",
+    "demo", "jobs", "views", "hosts", "money", "servers", "doctor", "sandbox", "bench", "sim",
+    "docs",
 )  # fmt: skip
 #: Commands that ask a server and nothing else: their module is loaded alone, in a third of the
 #: time, because people call them often and shells call them at each TAB.
 ALONE = {
-    **dict.fromkeys(("train", "ps", "show", "logs", "get", "cancel", "retry"), "jobs"),
+    **dict.fromkeys(("train", "get", "cancel", "retry"), "jobs"),
+    **dict.fromkeys(("ps", "show", "logs"), "views"),
     "hosts": "hosts",
+    **dict.fromkeys(("cost", "offers", "instances"), "money"),
 }
 #: Options that only a person says, at that moment: no file and no environment.
 SAID_ALOUD = frozenset({"yes", "version", "install_completion", "show_completion", "help"})

@@ -109,11 +109,12 @@ def _now(host: Mapping[str, Any]) -> str:
 def _failure(host: Mapping[str, Any], now: datetime) -> str:
     if not host.get("last_failed_at"):
         return "-"
-    ago = _age((now - datetime.fromisoformat(host["last_failed_at"])).total_seconds())
+    ago = age((now - datetime.fromisoformat(host["last_failed_at"])).total_seconds())
     return f"{ago} ago: {host.get('last_reason', '')[:120]}"
 
 
-def _age(seconds: float) -> str:
+def age(seconds: float) -> str:
+    """In the largest unit that fits, without the rest."""
     for unit, length in (("d", 86_400), ("h", 3600), ("min", 60)):
         if seconds >= length:
             return f"{seconds // length:.0f} {unit}"
