@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import json
 import sys
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -35,6 +36,8 @@ class CliError(Exception):
 
 #: Data. No colour, box or wrapping when it is not a terminal (rich sees NO_COLOR too).
 out = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+#: What stands before words that did not fit into their row.
+BELOW = "    "
 #: Everything else.
 err = Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
 
@@ -51,13 +54,54 @@ def print_line(value: Any) -> None:
     sys.stdout.flush()
 
 
-def print_rows(console: Console, rows: Iterable[Sequence[str]]) -> None:
-    """Columns, two spaces apart, never cut: an id that is cut cannot be copied."""
-    lines = [list(row) for row in rows]
+def print_rows(
+    console: Console, rows: Iterable[Sequence[str]], *, spare: Sequence[str] = ()
+) -> None:
+    """Columns, two spaces apart, never cut: an id that is cut cannot be copied.
+
+    On a terminal that is too narrow, columns whose titles are in `spare` are left out, the first
+    of them first; what does not fit of a last column stands below its row.
+    """
+    for line in fitted([list(row) for row in rows], _room(console), spare):
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def _room(console: Console) -> int | None:
+    """Characters in a line; None where nobody counts them."""
+    return console.width if console.is_terminal else None
+
+
+def fitted(lines: list[list[str]], room: int | None, spare: Sequence[str] = ()) -> list[str]:
+    """`lines` (the titles first, where there are any) as text, as `print_rows` says."""
+    left = list(spare)
+    while room is not None and left and _least(lines) > room:
+        title = left.pop(0)
+        if title in lines[0]:
+            place = lines[0].index(title)
+            lines = [line[:place] + line[place + 1 :] for line in lines]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        text = "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
-        console.print(text.rstrip(), markup=False, soft_wrap=True)
+    told = []
+    for *cells, last in lines:
+        text = "".join(f"{cell:{width}}  " for cell, width in zip(cells, widths, strict=False))
+        if room is None or len(text) + len(last) <= room or not cells:
+            told.append((text + last).rstrip())
+            continue
+        told.append(text.rstrip())
+        told += textwrap.wrap(
+            last,
+            max(room, 20),
+            initial_indent=BELOW,
+            subsequent_indent=BELOW,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+    return told
+
+
+def _least(lines: Sequence[Sequence[str]]) -> int:
+    """Characters that all columns but the last take, and that one's title."""
+    widths = [max(map(len, column)) + 2 for column in zip(*lines, strict=True)]
+    return sum(widths[:-1]) + len(lines[0][-1])
 
 
 def report(error: CliError, *, as_json: bool = False) -> None:
@@ -76,3 +120,7 @@ def report(error: CliError, *, as_json: bool = False) -> None:
 
 def _one_line(text: str) -> str:
     return " ".join(text.split())
+
+
+def size_words(size: int) -> str:
+    return f"{size / 1e6:.1f} MB" if size >= 50_000 else f"{size / 1e3:.1f} kB"

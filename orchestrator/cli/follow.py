@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from typing import Any
 
@@ -12,6 +13,8 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
+
+from orchestrator.cli.console import err
 
 ENDED = ("completed", "failed", "cancelled")
 PATH = ("pending", "pendingGpu", "pendingImages", "pendingModel", "training", "completed")
@@ -30,7 +33,7 @@ def follow(
     On a terminal one live picture; elsewhere a line for each state and each tenth of training.
     """
     if not console.is_terminal:
-        return _follow_lines(fetch, console, sleep)
+        return follow_lines(fetch, console, sleep)
     with Live(console=console, refresh_per_second=8, transient=False) as live:
         while True:
             job = fetch()
@@ -40,7 +43,7 @@ def follow(
             sleep(POLL_S)
 
 
-def _follow_lines(
+def follow_lines(
     fetch: Callable[[], Mapping[str, Any]], console: Console, sleep: Callable[[float], None]
 ) -> Mapping[str, Any]:
     seen = 0
@@ -143,3 +146,16 @@ def _loss(training: Mapping[str, Any]) -> str:
     figures = (("loss", training.get("loss")), ("validation", training.get("validation_loss")))
     shown = [f"{name} {value:.4f}" for name, value in figures if isinstance(value, int | float)]
     return ", ".join(shown)
+
+
+@contextlib.contextmanager
+def detaching(job_id: str) -> Iterator[None]:
+    """Ctrl-C lets the job go on, and says how to look at it and how to end it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        err.print(
+            f"\ndetached; the job goes on. `stoker show {job_id}` looks at it, "
+            f"`stoker cancel {job_id}` ends it.",
+            markup=False,
+        )

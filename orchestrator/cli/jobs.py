@@ -1,12 +1,11 @@
-"""Commands for those who train: train, ps, show, logs, get, cancel, retry."""
+"""Commands for those who train: train, get, cancel, retry; `views` has those that look."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import sys
-import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import quote
@@ -24,20 +23,16 @@ from orchestrator.cli.console import (
     err,
     out,
     print_json,
-    print_line,
     print_rows,
+    size_words,
 )
-from orchestrator.cli.follow import ENDED, durations, follow, picture
-from state.job import Status
+from orchestrator.cli.follow import ENDED, detaching, follow
 from state.rehearsal import FIXTURES
 
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 JobId = Annotated[
     str, typer.Argument(help="The job's id, as `stoker ps` shows it.", autocompletion=job_ids)
 ]
-#: Seconds between two looks of `ps -w` and `logs -f`.
-WATCH_S = 2.0
-LOGS_S = 1.0
 #: Of a folder of photographs: those of the subject's class, for prior preservation.
 CLASS_FOLDER = "regularization"
 #: Of a recipe, what a plan always says.
@@ -46,7 +41,7 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff"}
 
 
 def register(app: typer.Typer) -> None:
-    for command in (train, ps, show, logs, get, cancel, retry):
+    for command in (train, get, cancel, retry):
         app.command()(command)
 
 
@@ -212,7 +207,7 @@ def _show_plan(files: Sequence[Path], body: Mapping[str, Any]) -> None:
     print_rows(
         err,
         [
-            ("  photographs", f"{what}, {_mb(size)}"),
+            ("  photographs", f"{what}, {size_words(size)}"),
             ("  base", f"{body['base']} ({body['base_family']})"),
             ("  recipe", _recipe_words(body["recipe"], body["base_family"])),
             ("  GPU", _gpu_words(body)),
@@ -235,10 +230,6 @@ def _gpu_words(body: Mapping[str, Any]) -> str:
     named = " or ".join(gpu["gpu_names"]) or "what makes the whole job cheapest"
     least = needs.least(Recipe.from_dict(body["recipe"], family), family)
     return f"{named}, with at least {max(gpu['min_vram_gb'], least):g} GB"
-
-
-def _mb(size: int) -> str:
-    return f"{size / 1e6:.1f} MB" if size >= 50_000 else f"{size / 1e3:.1f} kB"
 
 
 def upload_dataset(client: Client, photos: Path, files: list[Path]) -> str:
@@ -267,14 +258,10 @@ def upload_dataset(client: Client, photos: Path, files: list[Path]) -> str:
 
 def finish(client: Client, job_id: str, *, as_json: bool) -> None:
     """Follow a job to its end; Ctrl-C lets it go on."""
-    try:
+    job: Mapping[str, Any] = {}
+    with detaching(job_id):
         job = follow(lambda: client.job(job_id), err)
-    except KeyboardInterrupt:
-        err.print(
-            f"\ndetached; the job goes on. `stoker show {job_id}` looks at it, "
-            f"`stoker cancel {job_id}` ends it.",
-            markup=False,
-        )
+    if not job:
         return
     if as_json:
         print_json(job)
@@ -293,162 +280,6 @@ def finish(client: Client, job_id: str, *, as_json: bool) -> None:
         )
     if not as_json:
         err.print(f"completed; `stoker get {job_id}` downloads the weights", markup=False)
-
-
-def ps(
-    every: Annotated[bool, typer.Option("--all", "-a", help="Ended jobs too.")] = False,
-    watch: Annotated[bool, typer.Option("--watch", "-w", help="Again every 2 s.")] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON document; with -w a line per change.")
-    ] = False,
-) -> None:
-    """List jobs, newest first.
-
-    Example: stoker ps -a
-    """
-    client = Client.here()
-    query = {} if every else {"status": [item.value for item in Status if item.value not in ENDED]}
-    if not watch:
-        jobs = list(client.jobs(**query))
-        print_json(jobs) if as_json else _print_jobs(jobs)
-        return
-    seen: dict[str, dict[str, Any]] = {}
-    while True:
-        jobs = list(client.jobs(**query))
-        if as_json:
-            _print_changes(client, seen, {job["id"]: job for job in jobs})
-        else:
-            if out.is_terminal:
-                out.clear()
-            _print_jobs(jobs)
-        time.sleep(WATCH_S)
-
-
-def _print_changes(
-    client: Client, seen: dict[str, dict[str, Any]], now: dict[str, dict[str, Any]]
-) -> None:
-    """A line for each job that is new, changed, or gone from the list because it ended."""
-    for job in reversed(now.values()):
-        if seen.get(job["id"]) != job:
-            print_line(job)
-    for gone in set(seen) - set(now):
-        print_line(client.job(gone))
-    seen.clear()
-    seen.update(now)
-
-
-def _print_jobs(jobs: Iterable[Mapping[str, Any]]) -> None:
-    rows = [_row(job) for job in jobs]
-    if rows:
-        print_rows(out, [("JOB", "STATUS", "TRY", "STEP", "LOSS", "GPU", "COST", "WHY"), *rows])
-    else:
-        err.print("no jobs run; `stoker ps -a` shows ended ones, `stoker train` starts one")
-
-
-def _row(job: Mapping[str, Any]) -> tuple[str, ...]:
-    training = job["progress"].get("training", {})
-    step = f"{training.get('step', 0)}/{training['total']}" if training.get("total") else "-"
-    loss = f"{training['loss']:.4f}" if isinstance(training.get("loss"), float) else "-"
-    why = (job.get("reason") or {}).get("message") or (
-        job["progress"].get("gpu_search", "") if job["status"] == "pendingGpu" else ""
-    )
-    gpu = (job.get("host") or {}).get("gpu") or "-"
-    cells = (job["id"], job["status"], job["attempt"], step, loss, gpu, job["cost"]["display"], why)
-    return tuple(str(cell).replace("\n", " ") for cell in cells)
-
-
-def show(job_id: JobId, as_json: AsJson = False) -> None:
-    """Show one job: states, progress, machine, cost, result.
-
-    Example: stoker show job_01JD…
-    """
-    job = Client.here().job(job_id)
-    if as_json:
-        print_json(job)
-        return
-    out.print(picture(job))
-    rows = [
-        ("job", job["id"]),
-        ("base", str(job.get("base", ""))),
-        ("attempt", f"{job['attempt']} of {job.get('max_attempts', '?')}"),
-        ("cost", f"{job['cost']['display']} of at most ${job['cost'].get('cap', 0) / 1e6:.2f}"),
-    ]
-    if job.get("retry_at"):
-        rows.append(("next try", job["retry_at"]))
-    rows += [(f"in {state}", f"{span:.1f} s") for state, span in durations(job).items()]
-    rows += [
-        (item["name"], f"{_mb(item['bytes'])}  sha256 {item['sha256']}")
-        for item in job["result_files"]
-    ]
-    out.print()
-    print_rows(out, rows)
-
-
-def logs(
-    job_id: JobId,
-    following: Annotated[bool, typer.Option("--follow", "-f", help="As they come.")] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON document; with -f a line per event.")
-    ] = False,
-) -> None:
-    """Print a job's events and the agent's log lines.
-
-    Example: stoker logs -f job_01JD…
-    """
-    client = Client.here()
-    found: list[Mapping[str, Any]] = []
-    after, ended = 0, not following
-    while True:
-        page = client.events(job_id, after)
-        for event in page["data"]:
-            if not as_json:
-                _print_event(event)
-            elif following:
-                print_line(event)
-            else:
-                found.append(event)
-        after = page["next_after"]
-        if page["has_more"]:
-            continue
-        if ended:
-            break
-        # looked at before the next page: what came until the end is on it
-        ended = client.job(job_id)["status"] in ENDED
-        if not ended:
-            time.sleep(LOGS_S)
-    if as_json and not following:
-        print_json(found)
-
-
-def _print_event(event: Mapping[str, Any]) -> None:
-    if event["type"] == "heartbeat":
-        return
-    if event["type"] == "log.lines":
-        for line in event["data"].get("lines", []):
-            out.print(f"{event['at']}  | {line}", markup=False, soft_wrap=True)
-        return
-    words = _event_words(event["type"], event["data"])
-    out.print(f"{event['at']}  {event['type']}  {words}".rstrip(), markup=False, soft_wrap=True)
-
-
-def _event_words(kind: str, data: Mapping[str, Any]) -> str:
-    """`key=value …`, without the points of curves; of files only the names."""
-    if kind == "transition":
-        why = (data.get("reason") or {}).get("message") or data.get("cause", "")
-        return f"{data.get('from', '?')} -> {data.get('to', '?')}" + (f" ({why})" if why else "")
-    return " ".join(
-        f"{key}={_value_words(value)}"
-        for key, value in data.items()
-        if key != "points" and value is not None
-    )
-
-
-def _value_words(value: Any) -> str:
-    if isinstance(value, list) and all(isinstance(item, dict) and "name" in item for item in value):
-        return ",".join(str(item["name"]) for item in value)
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False) if " " in value or "\n" in value else value
-    return json.dumps(round(value, 5) if isinstance(value, float) else value, ensure_ascii=False)
 
 
 def get(
