@@ -19,6 +19,7 @@ from orchestrator.agent_api import agent_api
 from orchestrator.api import limits, problems
 from orchestrator.api.datasets import datasets
 from orchestrator.api.deliveries import deliveries
+from orchestrator.api.estimates import Estimates
 from orchestrator.api.hosts import hosts
 from orchestrator.api.jobs import jobs
 from orchestrator.api.operators import operators
@@ -83,7 +84,7 @@ def create_app(deps: Deps) -> OpenAPI:
     _watch_requests(app, metrics)
     streams.install(app, deps)
     app.register_api(datasets(deps, waker))
-    app.register_api(jobs(deps, waker))
+    app.register_api(jobs(deps, waker, Estimates(deps)))
     app.register_api(reads(deps))
     app.register_api(webhook_endpoints(deps, waker))
     app.register_api(deliveries(deps, waker))

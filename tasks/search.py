@@ -6,15 +6,23 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, Protocol
 
-from infra.provider import Provider
 from state import money, policy, ranking
-from state.job import JobRequest
+from state.job import GpuNeeds, JobRequest
 from state.lease import Lease
 from state.offer import Offer
 from state.policy import Policy
 from state.ranking import Workload
+
+
+class Market(Protocol):
+    """What of `infra.provider.Provider` a search needs."""
+
+    def offers(
+        self, needs: GpuNeeds, *, interruptible: bool = False, limit: int = 64
+    ) -> list[Offer]:
+        """Raises: Refused, Unreadable."""
 
 
 def workload(request: JobRequest, dataset_bytes: int, image_bytes: int) -> Workload:
@@ -27,7 +35,7 @@ def workload(request: JobRequest, dataset_bytes: int, image_bytes: int) -> Workl
 
 
 def offers(
-    provider: Provider,
+    market: Market,
     request: JobRequest,
     *,
     interruptions: int = 0,
@@ -37,9 +45,9 @@ def offers(
 
     Raises: Refused, Unreadable.
     """
-    found = provider.offers(request.gpu)
+    found = market.offers(request.gpu)
     if request.interruptible and interruptions < rules.interruptions:
-        found = [*found, *provider.offers(request.gpu, interruptible=True)]
+        found = [*found, *market.offers(request.gpu, interruptible=True)]
     return found
 
 

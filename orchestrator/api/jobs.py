@@ -20,16 +20,18 @@ from orchestrator.api import auth, idempotency, present, schemas, streams
 from orchestrator.api import datasets as datasets_api
 from orchestrator.api.auth import Caller
 from orchestrator.api.bases import fault_of_base, fault_of_url
+from orchestrator.api.estimates import Estimate, EstimateIn, Estimates
 from orchestrator.api.ids import new_id, plausible
 from orchestrator.api.problems import Refusal
 from orchestrator.deps import Deps
 from orchestrator.waker import Waker
 from state import ranking, record
-from state.errors import NotFound
-from state.events import Artefact, Secret
+from state.errors import Conflict, NotFound
+from state.events import Artefact, Dataset, DatasetStatus, Secret
 from state.job import GpuNeeds, Job, JobRequest
 from state.rehearsal import Rehearsal
 from state.store import Transaction
+from tasks.estimate import Photographs
 
 #: How long a download link lasts.
 DOWNLOAD_SPAN_S = 900
@@ -62,7 +64,9 @@ class Order:
     rehearsal: Rehearsal | None = None
 
 
-def check(body: schemas.JobIn, *, private_bases: bool, private_webhooks: bool) -> Order:
+def check(
+    body: schemas.JobIn | EstimateIn, *, private_bases: bool, private_webhooks: bool
+) -> Order:
     """Raises: Refusal 422 with every fault that can be seen without asking anybody."""
     faults: list[tuple[str, str]] = []
     recipe: dict[str, Any] = {}
@@ -85,7 +89,7 @@ def check(body: schemas.JobIn, *, private_bases: bool, private_webhooks: bool) -
         raise Refusal(422, "invalid", "the job cannot be ordered; see errors", errors=faults)
     return Order(
         request=JobRequest(
-            dataset_id=body.dataset_id,
+            dataset_id=body.dataset_id or "",
             base=body.base,
             method=body.method,
             base_family=body.base_family,
@@ -103,7 +107,7 @@ def check(body: schemas.JobIn, *, private_bases: bool, private_webhooks: bool) -
     )
 
 
-def _for(order: Order, caller: Caller) -> JobRequest:
+def request_for(order: Order, caller: Caller) -> JobRequest:
     """What `caller` orders: whatever a test key orders is a rehearsal, and nothing else is.
 
     Raises: Refusal 422.
@@ -149,6 +153,47 @@ def _secret(webhook: schemas.WebhookIn | None) -> Secret | None:
     return Secret(webhook.secret)
 
 
+def own_dataset(tx: Transaction, dataset_id: str, caller: Caller) -> Dataset:
+    """Raises: Refusal 422."""
+    try:
+        found = datasets_api.visible(tx, dataset_id, caller)
+        if auth.is_test(found.owner) is not caller.test:
+            raise NotFound(f"dataset {dataset_id} is of the other mode")
+    except NotFound:
+        fault = ("/dataset_id", "there is no such dataset")
+        raise Refusal(
+            422, "unknown_dataset", f"no dataset {dataset_id!r}", errors=[fault]
+        ) from None
+    return found
+
+
+def estimated(
+    deps: Deps, estimates: Estimates, caller: Caller, body: schemas.JobIn | EstimateIn
+) -> Estimate:
+    """What an order would cost and take: checked as the order itself, and nothing is kept.
+
+    Raises: Refusal 422; 503 where the market cannot be asked. Conflict, as for the order.
+    """
+    settings = deps.settings
+    order = check(
+        body,
+        private_bases=settings.private_bases,
+        private_webhooks=settings.private_webhooks,
+    )
+    request = request_for(order, caller)
+    photographs = Photographs()
+    if isinstance(body, EstimateIn):
+        photographs = Photographs(count=body.images, bytes=body.bytes)
+    if body.dataset_id is not None:
+        with deps.store.transaction() as tx:
+            dataset = own_dataset(tx, body.dataset_id, caller)
+        if dataset.status is DatasetStatus.REFUSED:
+            raise Conflict(f"dataset {dataset.id} has no usable image; see its report")
+        announced = sum(int(item["bytes"]) for item in dataset.files)
+        photographs = Photographs(bytes=dataset.zip_bytes or announced)
+    return estimates.of(request, photographs)
+
+
 class Orders:
     """Takes orders, each once."""
 
@@ -159,13 +204,13 @@ class Orders:
         self, order: Order, caller: Caller, key: str | None, body: object
     ) -> tuple[schemas.NewJob, bool]:
         """The new job, and whether this is the stored answer of an earlier request."""
-        now, wanted = self._deps.clock(), _for(order, caller)
+        now, wanted = self._deps.clock(), request_for(order, caller)
         with self._deps.store.transaction() as tx:
             if key is not None:
                 stored = idempotency.begin(tx, caller.owner, key, body, now)
                 if stored is not None:
                     return self._again(tx, stored), True
-            self._own_dataset(tx, wanted.dataset_id, caller)
+            own_dataset(tx, wanted.dataset_id, caller)
             job = record.create_job(
                 tx,
                 wanted,
@@ -179,17 +224,6 @@ class Orders:
                 tx.finish_idempotent(caller.owner, key, {"job": shown.model_dump(mode="json")})
         self._waker(job.id, record.wakes(job))
         return _with_secret(shown, order.secret), False
-
-    def _own_dataset(self, tx: Transaction, dataset_id: str, caller: Caller) -> None:
-        try:
-            found = datasets_api.visible(tx, dataset_id, caller)
-            if auth.is_test(found.owner) is not caller.test:
-                raise NotFound(f"dataset {dataset_id} is of the other mode")
-        except NotFound:
-            fault = ("/dataset_id", "there is no such dataset")
-            raise Refusal(
-                422, "unknown_dataset", f"no dataset {dataset_id!r}", errors=[fault]
-            ) from None
 
     def _again(self, tx: Transaction, stored: Mapping[str, Any]) -> schemas.NewJob:
         # The secret is no part of what is stored: it lies encrypted beside its job.
@@ -304,7 +338,7 @@ def downloadable(tx: Transaction, job: Job, name: str) -> Artefact:
 # --- routes -----------------------------------------------------------------------------------
 
 
-def jobs(deps: Deps, waker: Waker) -> APIBlueprint:
+def jobs(deps: Deps, waker: Waker, estimates: Estimates) -> APIBlueprint:
     api = APIBlueprint(
         "jobs",
         __name__,
@@ -322,9 +356,13 @@ def jobs(deps: Deps, waker: Waker) -> APIBlueprint:
         waker(job.id, record.wakes(job))
         return present.answer(shown, 202)
 
-    @api.post("", operation_id="create_job", responses={"202": schemas.NewJob})
-    def create(header: schemas.JobHeader, body: schemas.JobIn) -> Response:
+    @api.post("", operation_id="create_job", responses={"202": schemas.NewJob, "200": Estimate})
+    def create(
+        header: schemas.JobHeader, query: schemas.DryRunQuery, body: schemas.JobIn
+    ) -> Response:
         """Order a training; it begins as soon as its dataset is ready"""
+        if query.dry_run:
+            return present.answer(estimated(deps, estimates, auth.caller(), body))
         order = check(
             body,
             private_bases=deps.settings.private_bases,
@@ -337,6 +375,11 @@ def jobs(deps: Deps, waker: Waker) -> APIBlueprint:
         if replayed:
             headers["Idempotent-Replayed"] = "true"
         return present.answer(shown, 202, headers)
+
+    @api.post("/estimate", operation_id="estimate_job", responses={"200": Estimate})
+    def estimate(body: EstimateIn) -> Response:
+        """What a training would cost and take; nothing is ordered, nothing spent"""
+        return present.answer(estimated(deps, estimates, auth.caller(), body))
 
     @api.get("", operation_id="list_jobs", responses={"200": schemas.Jobs})
     def index(query: schemas.JobsQuery) -> Response:

@@ -187,8 +187,9 @@ class RehearsalIn(In):
     ] = 60.0
 
 
-class JobIn(In):
-    dataset_id: Annotated[str, Field(max_length=64)]
+class TrainingIn(In):
+    """What an order says of a training, whatever its photographs."""
+
     base: Annotated[
         str,
         Field(
@@ -221,6 +222,18 @@ class JobIn(In):
     )
     webhook: WebhookIn | None = None
     metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)] = {}
+
+
+class JobIn(TrainingIn):
+    dataset_id: Annotated[str, Field(max_length=64)]
+
+
+class DryRunQuery(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    dry_run: bool = Field(
+        default=False, description="answer what it would cost and take; order and spend nothing"
+    )
 
 
 class JobHeader(BaseModel):
