@@ -21,6 +21,9 @@ Machine = Annotated[
 ]
 TITLE = ("MACHINE", "GPU", "PLACE", "GOOD/BAD", "BOOT", "MBIT/S", "STEPS/S", "NOW", "LAST FAILURE")
 
+#: What a narrow terminal goes without.
+SPARE = ("STEPS/S", "MBIT/S", "BOOT", "PLACE")
+
 
 def register(app: typer.Typer) -> None:
     group = typer.Typer(help="Rented machines: how they did, and which to leave alone.")
@@ -42,7 +45,7 @@ def ls(as_json: AsJson = False) -> None:
         err.print("no machine is remembered yet: none finished or lost a job", markup=False)
         return
     now = datetime.now(UTC)
-    print_rows(out, [TITLE, *(_row(host, now) for host in page)])
+    print_rows(out, [TITLE, *(_row(host, now) for host in page)], spare=SPARE)
 
 
 def show(machine: Machine, as_json: AsJson = False) -> None:

@@ -20,7 +20,7 @@ import typer
 
 from infra import embedded
 from infra.crypto import SecretBox
-from infra.migrations import current, upgrade
+from infra.migrations import current, newest, upgrade
 from infra.settings import Settings, SettingsError
 from infra.storage import Storage
 from infra.wiring import Services, utc_now
@@ -298,6 +298,7 @@ def create(
     test: Annotated[
         bool, typer.Option("--test", help="Rehearses: its jobs rent nothing and cost nothing.")
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Make an API key; it is shown once.
 
@@ -325,7 +326,11 @@ def create(
             "another --owner, or --test",
             Exit.USAGE,
         )
-    print(make_key(Services(here()), owner=owner, name=name, scopes=scopes, test=test))
+    key = make_key(Services(here()), owner=owner, name=name, scopes=scopes, test=test)
+    if as_json:
+        print_json({"key": key, "name": name, "owner": owner, "scopes": sorted(scopes)})
+        return
+    print(key)
     err.print("it is shown this once; send it as `Authorization: Bearer …`", markup=False)
 
 
@@ -354,7 +359,7 @@ def ls(as_json: AsJson = False) -> None:
         err.print("no keys; `stoker keys create NAME` makes one", markup=False)
         return
     title = ("ID", "NAME", "OWNER", "SCOPES", "REVOKED")
-    print_rows(out, [title, *(_key_row(row) for row in rows)])
+    print_rows(out, [title, *(_key_row(row) for row in rows)], spare=("REVOKED", "SCOPES"))
 
 
 def _key_row(row: Mapping[str, Any]) -> tuple[str, ...]:
@@ -362,7 +367,10 @@ def _key_row(row: Mapping[str, Any]) -> tuple[str, ...]:
     return row["id"], row["name"], row["owner"], ",".join(row["scopes"]), revoked
 
 
-def revoke(key_id: Annotated[str, typer.Argument(help="As `stoker keys ls` shows it.")]) -> None:
+def revoke(
+    key_id: Annotated[str, typer.Argument(help="As `stoker keys ls` shows it.")],
+    as_json: AsJson = False,
+) -> None:
     """Revoke an API key at once.
 
     Example: stoker keys revoke key_01JD…
@@ -371,7 +379,7 @@ def revoke(key_id: Annotated[str, typer.Argument(help="As `stoker keys ls` shows
         raise CliError(
             f"there is no key {key_id}", "", "`stoker keys ls` lists them", Exit.NOT_FOUND
         )
-    out.print(f"{key_id} is revoked", markup=False)
+    _done(f"{key_id} is revoked", {"id": key_id, "revoked": True}, as_json)
 
 
 def revoke_key(have: Services, key_id: str) -> bool:
@@ -391,22 +399,37 @@ def secret() -> None:
     print(SecretBox.new_key().reveal())
 
 
-def db_upgrade() -> None:
+def db_upgrade(as_json: AsJson = False) -> None:
     """Bring the database to this version's schema. Again is harmless.
 
     Example: DATABASE_URL=… stoker db upgrade
     """
     url = _database_url()
     upgrade(url)
-    out.print(f"the database is at {current(url)}", markup=False)
+    now = current(url)
+    _done(f"the database is at {now}", {"revision": now, "newest": newest()}, as_json)
 
 
-def db_current() -> None:
+def db_current(as_json: AsJson = False) -> None:
     """Print the database's schema revision.
 
     Example: stoker db current
     """
-    out.print(str(current(_database_url())), markup=False)
+    now = current(_database_url())
+    if as_json:
+        print_json({"revision": now, "newest": newest()})
+        return
+    out.print(now or "none", markup=False)
+    if now != newest():
+        err.print(f"this version needs {newest()}: `stoker db upgrade`", markup=False)
+
+
+def _done(words: str, document: Mapping[str, Any], as_json: bool) -> None:
+    """What was done: a sentence, or a document for programs."""
+    if as_json:
+        print_json(document)
+    else:
+        out.print(words, markup=False)
 
 
 def _database_url() -> str:
@@ -479,24 +502,27 @@ def _sight_row(item: Sight, dry_run: bool) -> tuple[str, ...]:
 
 def stop_renting(
     why: Annotated[str, typer.Option(help="For those who ask why jobs wait.")] = "",
+    as_json: AsJson = False,
 ) -> None:
     """Rent nothing from now on, in every process; releasing goes on. Jobs wait.
 
     Example: stoker stop-renting --why "prices doubled"
     """
     _switch(Services(here()), stopped=True, why=why)
-    out.print("renting is stopped; `stoker resume-renting` lets it go on", markup=False)
+    words = "renting is stopped; `stoker resume-renting` lets it go on"
+    _done(words, {"renting": False, "why": why}, as_json)
 
 
-def resume_renting() -> None:
+def resume_renting(as_json: AsJson = False) -> None:
     """Rent again after `stop-renting`.
 
     Example: stoker resume-renting
     """
     have = Services(here())
     _switch(have, stopped=False, why="")
-    out.print("renting goes on", markup=False)
-    if have.settings.kill_switch:
+    held = have.settings.kill_switch
+    _done("renting goes on", {"renting": not held, "why": ""}, as_json)
+    if held:
         err.print("but STOKER_KILL_SWITCH is set, and stops it still", markup=False)
 
 

@@ -116,8 +116,9 @@ def test_the_doctor_names_each_fault_with_its_mend_and_no_secret(operator, up):
 
 def test_keys_are_made_listed_used_and_revoked(operator, up):
     _, bind = up
-    code, key, _ = operator.run("keys", "create", "my backend", "--scope", "jobs:read")
+    code, out, _ = operator.run("keys", "create", "my backend", "--scope", "jobs:read", "--json")
     assert code == 0
+    key = json.loads(out)["key"]
     with_key = {"STOKER_URL": f"http://{bind}", "STOKER_API_KEY": key.strip()}
     assert operator.run("ps", "--json", **with_key)[0] == 0
     assert operator.run("cancel", "job_x", **with_key)[0] == 4
@@ -136,6 +137,8 @@ def test_the_schema_can_be_brought_up_again(operator, up):
     code, _, _ = operator.run("db", "upgrade")
     assert code == 0
     assert operator.run("db", "current")[1] == before
+    told = json.loads(operator.run("db", "current", "--json")[1])
+    assert told == {"revision": before.strip(), "newest": before.strip()}
 
 
 def test_a_dry_sweep_touches_nothing(operator, up):
