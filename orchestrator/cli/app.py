@@ -18,8 +18,8 @@ from state.errors import StokerError
 
 #: Modules with a `register(app)`, in the order of `stoker --help`.
 MODULES = (
-    "demo", "jobs", "views", "hosts", "money", "servers", "doctor", "sandbox", "bench", "sim",
-    "docs",
+    "demo", "jobs", "views", "hosts", "money", "webhooks", "servers", "doctor", "sandbox",
+    "bench", "sim", "docs",
 )  # fmt: skip
 #: Commands that ask a server and nothing else: their module is loaded alone, in a third of the
 #: time, because people call them often and shells call them at each TAB.
@@ -27,6 +27,7 @@ ALONE = {
     **dict.fromkeys(("train", "get", "cancel", "retry"), "jobs"),
     **dict.fromkeys(("ps", "show", "logs"), "views"),
     "hosts": "hosts",
+    **dict.fromkeys(("webhooks", "deliveries", "events", "trigger", "listen"), "webhooks"),
     **dict.fromkeys(("cost", "offers", "instances"), "money"),
 }
 #: Options that only a person says, at that moment: no file and no environment.

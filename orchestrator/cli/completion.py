@@ -8,6 +8,7 @@ from gpu_agent.recipe import FAMILIES, QUALITIES
 from infra.settings import SettingsError
 from orchestrator.cli.client import Client
 from orchestrator.cli.console import CliError
+from state.endpoints import TYPES
 from state.errors import StokerError
 
 #: Seconds that somebody who pressed TAB waits at most.
@@ -36,6 +37,31 @@ def machines(incomplete: str) -> Offers:
     return _from_server(
         lambda client: ((host["machine_id"], host["gpu"]) for host in client.hosts()), incomplete
     )
+
+
+def endpoints(incomplete: str) -> Offers:
+    """Webhook endpoints, with where they lead."""
+    return _from_server(
+        lambda client: (
+            (item["id"], item["url"] or "stoker listen")
+            for item in client.get("/v1/webhook-endpoints")["data"]
+        ),
+        incomplete,
+    )
+
+
+def deliveries(incomplete: str) -> Offers:
+    """The newest webhooks, with what they tell."""
+    return _from_server(
+        lambda client: (
+            (item["id"], item["type"]) for item in client.get("/v1/deliveries")["data"]
+        ),
+        incomplete,
+    )
+
+
+def events(incomplete: str) -> Offers:
+    return [(name, words) for name, words in TYPES.items() if name.startswith(incomplete)]
 
 
 def families(incomplete: str) -> list[str]:
