@@ -10,6 +10,8 @@ from contextlib import closing
 import pytest
 from limits.errors import StorageError
 
+from infra import embedded
+from infra.settings import Settings
 from orchestrator.api.limits import Circuit
 from orchestrator.app import create_app
 from state.events import Secret
@@ -105,7 +107,34 @@ def test_every_public_route_says_that_it_may_refuse_for_now(edge, client):
     assert all("429" in known for known in answers)
 
 
-# --- without Redis ----------------------------------------------------------------------------
+# --- with Redis, and without -----------------------------------------------------------------
+
+
+@pytest.fixture
+def redis_url(tmp_path):
+    """A Redis of this test's own, and nothing else."""
+    elsewhere = {"database_url": Secret("postgresql://db"), "s3_endpoint": "https://s3.test"}
+    with embedded.start(Settings(data_dir=tmp_path / "data", **elsewhere)) as servers:
+        yield servers.settings.redis_url
+
+
+@pytest.mark.parametrize("store", ["memory"], indirect=True)
+def test_all_web_processes_count_together(edge, alice, problem, with_settings, redis_url, soon):
+    clients = [with_settings(rate_reads=3, redis_url=redis_url) for _ in range(2)]
+
+    def counts(client):
+        return "RateLimit" in client.get("/v1/jobs", headers=edge.key()).headers
+
+    for client in clients:
+        soon(lambda client=client: counts(client))
+    answers = [client.get("/v1/jobs", headers=alice) for client in 2 * clients]
+    assert [answer.headers["RateLimit"].split(";")[1] for answer in answers] == [
+        "r=2",
+        "r=1",
+        "r=0",
+        "r=0",
+    ]
+    assert 55 <= refused_by(answers[3], problem) <= 60
 
 
 def free_port():
