@@ -14,12 +14,14 @@ from urllib.parse import quote
 import requests
 
 from infra.settings import Settings, server
-from orchestrator.cli.console import CliError, Exit
+from orchestrator.cli.console import CliError, Exit, err
 
 TIMEOUT_S = 40.0
 #: A server that answered before is waited for: it may be restarting.
 PATIENCE_S = 30.0
 AGAIN_S = 0.5
+#: So often, and so long (seconds), a key that made too many requests waits.
+TOO_MANY_WAITS, LONGEST_WAIT_S = 5, 60
 _CODES = {401: Exit.AUTH, 403: Exit.AUTH, 404: Exit.NOT_FOUND, 402: Exit.OVER_BUDGET}
 _NEXT = {
     401: "set STOKER_API_KEY to a key that is not revoked; `stoker keys create` makes one",
@@ -102,8 +104,14 @@ class Client:
         if method == "POST":  # sent again under the same key, it is done once
             headers.setdefault("Idempotency-Key", uuid.uuid4().hex)
         until = self._monotonic() + (PATIENCE_S if self._answered else 0.0)
+        waits = TOO_MANY_WAITS
         while True:
             answer = self._try(method, path, headers, options)
+            if waits and (pause := _asked_to_wait(answer)):
+                err.print(f"too many requests with this key; going on in {pause} s", markup=False)
+                self._sleep(pause)
+                waits -= 1
+                continue
             if isinstance(answer, requests.Response) and answer.status_code not in (502, 503, 504):
                 self._answered = True
                 break
@@ -269,6 +277,14 @@ class Client:
         except (OSError, requests.RequestException) as error:
             part.unlink(missing_ok=True)
             raise CliError(f"{target} was not downloaded", _why(error), "try again") from None
+
+
+def _asked_to_wait(answer: requests.Response | CliError) -> int:
+    """Seconds after which a refused request may be made again; 0 where that is not said."""
+    if isinstance(answer, CliError) or answer.status_code != 429:
+        return 0
+    said = answer.headers.get("Retry-After", "")[:9]
+    return min(max(1, int(said)), LONGEST_WAIT_S) if said.isascii() and said.isdigit() else 0
 
 
 def job_path(job_id: str) -> str:

@@ -10,7 +10,8 @@ import pytest
 from orchestrator.api.instances import Instance, Instances, LastSweep, Stranger
 from orchestrator.api.offers import MarketOffer, Offers
 from orchestrator.api.spend import Spend, SpendRow
-from orchestrator.cli.console import Exit
+from orchestrator.cli.client import Client
+from orchestrator.cli.console import CliError, Exit
 from state.spending import GroupBy, Split
 
 NOW = datetime(2026, 11, 3, tzinfo=UTC)
@@ -163,3 +164,25 @@ def test_an_answer_of_another_program_is_no_traceback(stoker, api, command):
     assert "does not speak" in ended.err
     api.answers = {f"GET /v1/{path}": (403, {}) for path in ("spend", "offers", "instances")}
     assert stoker(command).code == Exit.AUTH
+
+
+def test_a_key_that_asked_too_often_waits_as_long_as_it_is_told(api, capsys):
+    waits = []
+    client = Client(api.url, "key", sleep=waits.append)
+    too_many = (429, {"detail": "too many", "code": "rate_limited"}, {"Retry-After": "7"})
+    api.answers["GET /v1/spend"] = [too_many, too_many, (200, {"data": []})]
+    assert client.get("/v1/spend") == {"data": []}
+    assert waits == [7, 7]
+    assert "going on in 7 s" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("told", ["soon", "-1", "", "9" * 5000])
+def test_a_key_that_is_never_let_in_again_ends_with_the_servers_words(api, told):
+    waits = []
+    client = Client(api.url, "key", sleep=waits.append)
+    refusal = {"detail": "this key may make 1 reads per minute", "code": "rate_limited"}
+    api.answers["GET /v1/spend"] = (429, refusal, {"Retry-After": told})
+    with pytest.raises(CliError, match="1 reads per minute"):
+        client.get("/v1/spend")
+    assert len(waits) <= 5
+    assert all(wait <= 60 for wait in waits)
