@@ -145,7 +145,7 @@ def _standing(told: Explanation) -> tuple[Any, ...]:
     return (
         told.waits_for,
         told.next.words if told.next else "",
-        tuple((item.name, item.at) for item in told.deadlines),
+        tuple(item.name for item in told.deadlines),
         tuple((item.name, item.well) for item in told.signals),
         tuple(item.code for item in told.brakes),
         tuple(told.search.refused.items()),
@@ -255,7 +255,7 @@ def fragments(tx: Transaction, before: Look | None, after: Look) -> str:
         part("facts")
     if job.terminal:
         html.append('<section id="job-explain" hx-swap-oob="delete"></section>')
-    elif before is None or before.standing != after.standing or before.row != after.row:
+    elif before is None or before.standing != after.standing or before.job.seq != job.seq:
         part("explain")
     if before is None or before.row.stretches != after.row.stretches:
         part("states")
@@ -275,8 +275,9 @@ def fragments(tx: Transaction, before: Look | None, after: Look) -> str:
         points = tx.events(job.id, after=since, limit=1000, type=Fact.TRAINING_PROGRESS.value)
         if points:
             part("curve", points=json.dumps(news(points)))
-    if before is None or before.job.seq != job.seq:
-        part("events", events=told(tx, job))
+    events = told(tx, job)
+    if before is None or (events and events[0].seq > before.job.seq):
+        part("events", events=events)
     return "".join(html)
 
 

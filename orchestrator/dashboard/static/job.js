@@ -41,12 +41,13 @@ const colour = (name) => {
   return found;
 };
 
-// An exponential mean that does not begin at zero.
+// An exponential mean that does not begin at zero. Clipped outliers do not pull at it.
 function smoothed(values, weight) {
   let mean = 0;
   let seen = 0;
+  const [low, high] = clip.checked ? range(values) : [-Infinity, Infinity];
   return values.map((value) => {
-    if (value == null) return null;
+    if (value == null || value < low || value > high) return null;
     mean = weight * mean + (1 - weight) * value;
     seen += 1;
     return mean / (1 - weight ** seen);
