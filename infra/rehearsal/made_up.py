@@ -9,7 +9,7 @@ import struct
 import zlib
 
 #: Width and height of a sample.
-PIXELS = 192
+PIXELS = 96
 
 
 def weights(chance: random.Random, *, finite: bool = True) -> bytes:

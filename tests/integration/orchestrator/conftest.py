@@ -295,6 +295,12 @@ def edge(store: Store, clock: Any) -> Edge:
 
 
 @pytest.fixture
+def new_edge() -> type[Edge]:
+    """For tests that bring a store or a storage of their own."""
+    return Edge
+
+
+@pytest.fixture
 def client(edge: Edge) -> FlaskClient:
     return edge.client()
 
