@@ -36,7 +36,8 @@ class _Nothing:
 
 def edge(env: Mapping[str, str] = os.environ) -> Flask:
     """The real edge and the real store; wake-ups go nowhere."""
-    store = SqlStore(env["DATABASE_URL"], SecretBox([Secret(env["STOKER_SECRET_KEYS"])]))
+    key = Secret(env["STOKER_SECRET_KEYS"])
+    store = SqlStore(env["DATABASE_URL"], SecretBox([key]))
 
     def no_base(_: JobRequest) -> Sequence[wire.Download]:
         raise LookupError("the bench has no base models")
@@ -49,7 +50,7 @@ def edge(env: Mapping[str, str] = os.environ) -> Flask:
             wake=lambda task, subject: None,
             bundle=_Nothing(),
             resolve_base=no_base,
-            settings=Settings(),
+            settings=Settings(secret_keys=(key,)),
         )
     )
 

@@ -63,13 +63,13 @@ def run(
         say("PostgreSQL: single-row commits by 32 connections")
         before = commits_per_second(url, seconds)
         say("bare Flask under the same server")
-        with _serving("wsgi", "bare", {}) as address:
+        with serving("wsgi", "bare", {}) as address:
             flask = send(address, _bare_queues(seconds), seconds)
         say("the receiver")
         key = SecretBox.new_key()
         env = {"DATABASE_URL": url, "STOKER_SECRET_KEYS": key.reveal()}
         queues = _prepared(SqlStore(url, SecretBox([key])), seconds)
-        with _serving("rsgi", "server", env) as address:
+        with serving("rsgi", "server", env) as address:
             send(address, [queue[:WARM_UP] for queue in queues], seconds)
             load = send(address, [queue[WARM_UP:] for queue in queues], seconds)
         say("PostgreSQL again")
@@ -134,7 +134,7 @@ def commits_per_second(url: str, seconds: float) -> float:
 
 
 @contextlib.contextmanager
-def _serving(interface: str, what: str, env: Mapping[str, str]) -> Iterator[tuple[str, int]]:
+def serving(interface: str, what: str, env: Mapping[str, str]) -> Iterator[tuple[str, int]]:
     """Granian with one of the applications of `orchestrator.bench.target`."""
     address = ("127.0.0.1", free_port())
     argv = [
@@ -172,7 +172,9 @@ def _await(process: subprocess.Popen[bytes], address: tuple[str, int]) -> None:
 
 
 @dataclass(frozen=True)
-class _Agent:
+class Agent:
+    """Who reports for a training job."""
+
     job: str
     secret: str
 
@@ -187,11 +189,11 @@ def _prepared(store: SqlStore, seconds: float) -> list[list[bytes]]:
     queues: list[list[bytes]] = []
     for place in range(AGENTS):
         mine = agents[place::AGENTS]
-        queues.append([_request(agent, seq + 1) for seq in range(per_job) for agent in mine])
+        queues.append([request_of(agent, seq + 1) for seq in range(per_job) for agent in mine])
     return queues
 
 
-def _agents(store: SqlStore) -> list[_Agent]:
+def _agents(store: SqlStore) -> list[Agent]:
     now = datetime.now(UTC)
     agents = []
     with store.transaction() as tx:
@@ -223,11 +225,12 @@ def _agents(store: SqlStore) -> list[_Agent]:
                     secret=Secret(secret),
                 )
             )
-            agents.append(_Agent(job.id, secret))
+            agents.append(Agent(job.id, secret))
     return agents
 
 
-def _request(agent: _Agent, seq: int) -> bytes:
+def request_of(agent: Agent, seq: int) -> bytes:
+    """A signed report of progress, as it goes over the line."""
     at = time.time()
     report = wire.Report(
         job=agent.job,

@@ -31,7 +31,7 @@ def register(app: typer.Typer) -> None:
         help="Measure this machine, beside its own limits. Takes a few minutes each.",
         no_args_is_help=True,
     )
-    for command in (webhooks, latency, reconcile, trainer):
+    for command in (webhooks, latency, reconcile, pages, trainer):
         group.command()(command)
     app.add_typer(group, name="bench")
 
@@ -78,6 +78,22 @@ def reconcile(
 
     with _database() as url:
         _show(bench.run(url, passes=passes, say=_say), _reconcile_rows, as_json=as_json)
+
+
+def pages(
+    pairs: Annotated[int, typer.Option(min=1, max=20, help="Runs without and with streams.")] = 4,
+    seconds: Annotated[float, typer.Option(min=0.5, max=20, help="For each run.")] = 4.0,
+    as_json: AsJson = False,
+) -> None:
+    """How long Fleet takes, and what 50 open streams of it cost the receiver of reports.
+
+    Example: stoker bench pages --json
+    """
+    from orchestrator.bench import pages as bench
+
+    with _database() as url:
+        measured = bench.run(url, pairs=pairs, seconds=seconds, say=_say)
+        _show(measured, _page_rows, as_json=as_json)
 
 
 def trainer(
@@ -208,6 +224,37 @@ def _webhook_rows(measured: Mapping[str, Any]) -> list[Row]:
         ("to PostgreSQL's limit", f"{measured['ratio']}", "bar: at least 0.5"),
         ("p50, p99, max", f"{got['p50_ms']}, {got['p99_ms']}, {got['max_ms']} ms", "bar: p99 100"),
         ("answers by status", str(got["statuses"]), ""),
+    ]
+
+
+def _page_rows(measured: Mapping[str, Any]) -> list[Row]:
+    fleet, got, told = measured["fleet"], measured["receiver"], measured["streams"]
+    bar = measured["bar"]
+    rows: list[Row] = [
+        (
+            f"Fleet ({fleet['kb']} kB): median, p95",
+            f"{fleet['median_ms']}, {fleet['p95_ms']} ms",
+            f"bar: {bar['fleet_ms']:.0f} ms",
+        )
+    ]
+    for name, words in (("without", "nobody looks"), ("with", "streams open")):
+        case = got[name]
+        figure = f"{case['per_s']}/s, {case['p50_ms']}, {case['p99_ms']} ms"
+        rows.append((f"durable reports, p50, p99: {words}", figure, str(case["statuses"])))
+    return [
+        *rows,
+        (
+            "p99 with streams to without",
+            f"{got['p99_ratio']}",
+            f"{min(got['p99_ratios'])} to {max(got['p99_ratios'])}  "
+            f"bar: at most {bar['p99_ratio']}",
+        ),
+        (
+            "messages to each stream meanwhile",
+            f"{told['messages_per_s_of_one']}/s",
+            f"the fewest of one: {told['fewest_messages_of_one']};"
+            f" {told['kb_per_s_of_all']} kB/s to all",
+        ),
     ]
 
 
