@@ -42,9 +42,11 @@ def register(pages: Blueprint, deps: Deps, waker: Waker) -> None:
         query = _query(request.args)
         with deps.store.transaction() as tx:
             backlog = tx.webhook_backlog(deps.clock() - GIVEN_UP)
+        found = webhook_endpoints.all_of(deps, g.caller)
         return render_template(
             "webhooks.html",
-            endpoints=webhook_endpoints.all_of(deps, g.caller),
+            endpoints=found,
+            urls={item.id: item.url or "a listener" for item in found},
             backlog=_by_endpoint(backlog),
             deliveries=deliveries.page(deps, g.caller, query),
             query=query,
