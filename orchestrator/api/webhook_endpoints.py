@@ -124,6 +124,12 @@ class WebhookPath(BaseModel):
     endpoint_id: str
 
 
+class WebhooksQuery(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    mine: bool = Field(default=False, description="for operators: not everybody's")
+
+
 class WaitingQuery(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
@@ -208,10 +214,11 @@ def _secret(given: str | None) -> Secret:
 # --- what the routes do; pages call these too -------------------------------------------------
 
 
-def all_of(deps: Deps, caller: Caller) -> list[Webhook]:
-    """The caller's endpoints, an operator's: everybody's; oldest first."""
+def all_of(deps: Deps, caller: Caller, *, mine: bool = False) -> list[Webhook]:
+    """The caller's endpoints; an operator's are everybody's, unless only `mine`; oldest first."""
+    everybody = caller.operator and not mine
     with deps.store.transaction() as tx:
-        found = tx.endpoints(None if caller.operator else caller.owner)
+        found = tx.endpoints(None if everybody else caller.owner)
     return [shown(endpoint, deps.clock()) for endpoint in found]
 
 
@@ -476,9 +483,9 @@ def webhook_endpoints(deps: Deps, waker: Waker) -> APIBlueprint:
         return with_secret(made, replayed, 201)
 
     @api.get("", operation_id="list_webhook_endpoints", responses={"200": Webhooks})
-    def index() -> Response:
+    def index(query: WebhooksQuery) -> Response:
         """All of them, oldest first"""
-        return present.answer(Webhooks(data=all_of(deps, auth.caller())))
+        return present.answer(Webhooks(data=all_of(deps, auth.caller(), mine=query.mine)))
 
     @api.get("/<endpoint_id>", operation_id="get_webhook_endpoint", responses={"200": Webhook})
     def show(path: WebhookPath) -> Response:

@@ -41,7 +41,10 @@ def listen(
         str, typer.Option(help="Only these, with commas between: job.completed,job.failed.")
     ] = "",
     secret: Annotated[
-        str, typer.Option(help="Sign with this one (whsec_…); else one is made and shown.")
+        str,
+        typer.Option(
+            help="Sign with this one, best said by STOKER_LISTEN_SECRET; else one is made."
+        ),
     ] = "",
     count: Annotated[int, typer.Option(help="Stop after so many; 0: never.", min=0)] = 0,
     as_json: AsJson = False,
@@ -124,7 +127,7 @@ class Desk:
         """Make the listener, or take up the one of an earlier time; whether it is that one."""
         where = f" to {self.target}" if self.target else ""
         name = f"stoker listen on {socket.gethostname()}{where}"[:200]
-        listed = self.client.get(ENDPOINTS).get("data")
+        listed = self.client.get(ENDPOINTS, mine="true").get("data")
         for item in listed if isinstance(listed, list) else []:
             if item.get("url") is None and item.get("description") == name:
                 self.endpoint = str(item["id"])

@@ -176,8 +176,8 @@ def _change(endpoint: str, body: Mapping[str, Any], as_json: bool) -> None:
     _print(_shaped(client, _at(client, "PATCH", endpoint, "", body), _ENDPOINT), as_json)
 
 
-def _all(client: Client) -> list[dict[str, Any]]:
-    page = client.get(ENDPOINTS)
+def _all(client: Client, *, mine: bool = False) -> list[dict[str, Any]]:
+    page = client.get(ENDPOINTS, **({"mine": "true"} if mine else {}))
     listed = page.get("data") if isinstance(page.get("data"), list) else None
     if listed is None:
         raise _strange(client, "its answer holds no list")
@@ -379,17 +379,20 @@ def trigger(
     ],
     endpoint: Annotated[
         str,
-        typer.Option(help="Only to this endpoint; else to all.", autocompletion=endpoint_ids),
+        typer.Option(
+            help="Only to this endpoint; else to all of yours.", autocompletion=endpoint_ids
+        ),
     ] = "",
     wait: Wait = 15.0,
     as_json: AsJson = False,
 ) -> None:
-    """Send a sample of an event to the endpoints, whatever their filters say.
+    """Send a sample of an event to your endpoints, whatever their filters say.
 
     Example: stoker trigger job.completed
     """
     client = Client.here()
-    names = [endpoint] if endpoint else [item["id"] for item in _all(client) if item["enabled"]]
+    mine = [] if endpoint else [item["id"] for item in _all(client, mine=True) if item["enabled"]]
+    names = [endpoint] if endpoint else mine
     if not names:
         raise CliError(
             "there is nowhere to send it",
