@@ -74,12 +74,16 @@ def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="For the weights.")] = Path(
         "stoker-demo"
     ),
-    once: Annotated[bool, typer.Option(help="End when the job has ended.")] = False,
+    once: Annotated[bool, typer.Option("--once", help="End when the job has ended.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
 ) -> None:
     """Train on photographs with everything on this machine; nothing is spent.
 
     Example: stoker demo ~/Pictures/dog --once
+
+    JSON: {job, status, reason, transitions, loss, photographs_refused, weights, loads, webhooks,
+    cost, instances_left, processes_left, files_left, seconds, faults}; `faults` is empty when all
+    was as it should be.
     """
     check_family(family)
     show = Console(stderr=True, quiet=True) if as_json else err

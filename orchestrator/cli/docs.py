@@ -9,13 +9,22 @@ import typer
 
 from infra.settings import settings_page
 from orchestrator.cli.console import CliError, Exit
+from orchestrator.cli.page import cli_page
 from orchestrator.metrics_page import metrics_page
 from orchestrator.reference import api_page, events_page, recipe_page
 from orchestrator.specification import openapi_json, specification
 from state.diagram import markdown
 
+
+def _cli() -> str:
+    from orchestrator.cli.app import make_app  # it gathers this module, too
+
+    return cli_page(make_app(plain=True))
+
+
 #: The pages below `docs/`, and what draws them.
 PAGES: Mapping[str, Callable[[], str]] = {
+    "cli": _cli,
     "settings": settings_page,
     "states": markdown,
     "metrics": metrics_page,

@@ -97,6 +97,9 @@ def doctor(
     """Look at every part; exit 3 when something is wrong. Warnings alone are 0.
 
     Example: stoker doctor
+
+    JSON: {ok, parts: [{part, ok, severity, fault, mend, seen}]}; `severity` is critical or
+    warning, and null for a part that is well, as are `fault` and `mend`.
     """
     settings = here()
     with contextlib.closing(Services(settings)) as have, _progress() as say:

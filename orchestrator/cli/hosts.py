@@ -36,6 +36,8 @@ def ls(as_json: AsJson = False) -> None:
     """List machines, those to look at first: blocked, lying, failing.
 
     Example: stoker hosts ls
+
+    JSON: a list of hosts, each as `GET /v1/hosts/{machine_id}` answers.
     """
     page = Client.here().hosts()
     if as_json:
@@ -52,6 +54,8 @@ def show(machine: Machine, as_json: AsJson = False) -> None:
     """Show one machine.
 
     Example: stoker hosts show 12345
+
+    JSON: the host, as `GET /v1/hosts/{machine_id}` answers.
     """
     _print(Client.here().host(machine), as_json)
 
@@ -64,6 +68,8 @@ def block(
     """Rent a machine no more. A job that runs on it is left to end.
 
     Example: stoker hosts block 12345 --reason "throttles after ten minutes"
+
+    JSON: the host, as `GET /v1/hosts/{machine_id}` answers.
     """
     _print(Client.here().host(machine, "block", {"reason": reason}), as_json)
 
@@ -72,6 +78,8 @@ def unblock(machine: Machine, as_json: AsJson = False) -> None:
     """Let a machine be rented again, and forget what it did wrong.
 
     Example: stoker hosts unblock 12345
+
+    JSON: the host, as `GET /v1/hosts/{machine_id}` answers.
     """
     _print(Client.here().host(machine, "unblock"), as_json)
 

@@ -82,13 +82,17 @@ def train(
         float | None, typer.Option(help="With a test key: so many seconds pass in one; usually 60.")
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before spending.")] = False,
-    detach: Annotated[bool, typer.Option(help="Do not follow the job.")] = False,
-    dry_run: Annotated[bool, typer.Option(help="Show the plan and stop.")] = False,
+    detach: Annotated[bool, typer.Option("--detach", help="Do not follow the job.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train a LoRA on photographs.
 
     Example: stoker train ./photos --base civitai:128713 --trigger ohwx --max-cost 2
+
+    JSON: the job, as `GET /v1/jobs/{id}` answers, once it has ended; with --detach as it was
+    made, with its `webhook_secret`. With --dry-run {photographs, job}: a list of paths, and what
+    would be sent to `POST /v1/jobs`.
     """
     said = {"quality": quality, "steps": steps, "trigger": trigger or None}
     wanted = _recipe(recipe, said, family)
@@ -291,6 +295,8 @@ def get(
     """Download a job's result files and check their SHA-256.
 
     Example: stoker get job_01JD… -o ./loras
+
+    JSON: [{name, path, sha256}], `path` being where it lies now.
     """
     files = fetch_results(Client.here(), job_id, folder, name=name)
     if as_json:
@@ -339,6 +345,8 @@ def cancel(job_id: JobId, as_json: AsJson = False) -> None:
     """Cancel a job; its GPU is given back.
 
     Example: stoker cancel job_01JD…
+
+    JSON: the job, as `GET /v1/jobs/{id}` answers.
     """
     _act(job_id, "cancel", as_json)
 
@@ -347,6 +355,8 @@ def retry(job_id: JobId, as_json: AsJson = False) -> None:
     """Try a stalled job again now, on another machine.
 
     Example: stoker retry job_01JD…
+
+    JSON: the job, as `GET /v1/jobs/{id}` answers.
     """
     _act(job_id, "retry", as_json)
 

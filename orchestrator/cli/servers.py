@@ -303,6 +303,8 @@ def create(
     """Make an API key; it is shown once.
 
     Example: stoker keys create my-backend --scope jobs:read --scope jobs:write
+
+    JSON: {key, name, owner, scopes}.
     """
     scopes = frozenset(scope or ("jobs:read", "jobs:write"))
     if unknown := scopes - SCOPES:
@@ -338,6 +340,9 @@ def ls(as_json: AsJson = False) -> None:
     """List API keys; the keys themselves are not kept.
 
     Example: stoker keys ls
+
+    JSON: [{id, name, owner, scopes, created_at, revoked_at}]; `revoked_at` is null while it is
+    good.
     """
     with Services(here()).store.transaction() as tx:
         keys = tx.api_keys()
@@ -374,6 +379,8 @@ def revoke(
     """Revoke an API key at once.
 
     Example: stoker keys revoke key_01JD…
+
+    JSON: {id, revoked}.
     """
     if not revoke_key(Services(here()), key_id):
         raise CliError(
@@ -403,6 +410,8 @@ def db_upgrade(as_json: AsJson = False) -> None:
     """Bring the database to this version's schema. Again is harmless.
 
     Example: DATABASE_URL=… stoker db upgrade
+
+    JSON: {revision, newest}.
     """
     url = _database_url()
     upgrade(url)
@@ -414,6 +423,8 @@ def db_current(as_json: AsJson = False) -> None:
     """Print the database's schema revision.
 
     Example: stoker db current
+
+    JSON: {revision, newest}; `revision` is null before the first upgrade.
     """
     now = current(_database_url())
     if as_json:
@@ -459,12 +470,17 @@ def is_local(url: str) -> bool:
 
 
 def sweep(
-    dry_run: Annotated[bool, typer.Option(help="Only say what would be done.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what would be done.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Compare the account's instances with our leases once; orphans go at the second sight.
 
     Example: stoker sweep --dry-run
+
+    JSON: {seen, ours, destroyed, suspects, lost, unreadable, doubtful, sights: [{instance,
+    label, machine, age_s, price, verdict, why}]}; prices are micro-USD per hour.
     """
     have = Services(here())
     keeper = Keeper(
@@ -507,6 +523,8 @@ def stop_renting(
     """Rent nothing from now on, in every process; releasing goes on. Jobs wait.
 
     Example: stoker stop-renting --why "prices doubled"
+
+    JSON: {renting, why}.
     """
     _switch(Services(here()), stopped=True, why=why)
     words = "renting is stopped; `stoker resume-renting` lets it go on"
@@ -517,6 +535,8 @@ def resume_renting(as_json: AsJson = False) -> None:
     """Rent again after `stop-renting`.
 
     Example: stoker resume-renting
+
+    JSON: {renting, why}.
     """
     have = Services(here())
     _switch(have, stopped=False, why="")

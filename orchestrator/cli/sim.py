@@ -38,6 +38,8 @@ def sim(
     Ends with 1 when an invariant was broken, and says how to see it again.
 
     Example: stoker sim --jobs 10000 --seed 7 --faults hell
+
+    JSON: the run's figures, `violations` among them; docs/simulation.md explains each.
     """
     from orchestrator.sim.profiles import PROFILES
     from orchestrator.sim.run import cohorts, run

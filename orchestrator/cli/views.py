@@ -55,6 +55,8 @@ def ps(
     """List jobs, newest first.
 
     Example: stoker ps -a
+
+    JSON: a list of jobs, each as `GET /v1/jobs/{id}` answers; with -w one of them per line.
     """
     client = Client.here()
     query = {} if every else {"status": [item.value for item in Status if item.value not in ENDED]}
@@ -141,6 +143,8 @@ def show(job_id: JobId, watch: Watch = False, as_json: AsJson = False) -> None:
     """Show one job: states, progress, machine, cost, result.
 
     Example: stoker show -w job_01JD…
+
+    JSON: the job, as `GET /v1/jobs/{id}` answers; with -w one per line, until it has ended.
     """
     client = Client.here()
     if watch:
@@ -227,6 +231,9 @@ def logs(
     """Print a job's events and the agent's log lines.
 
     Example: stoker logs -f job_01JD…
+
+    JSON: a list of events, each as `GET /v1/jobs/{id}/events` answers: {seq, at, type, data, …};
+    with -f one of them per line.
     """
     client = Client.here()
     if not following:
