@@ -379,9 +379,7 @@ def trigger(
     ],
     endpoint: Annotated[
         str,
-        typer.Option(
-            help="Only to this endpoint; else to all of yours.", autocompletion=endpoint_ids
-        ),
+        typer.Option(help="Only to this one; else to all of yours.", autocompletion=endpoint_ids),
     ] = "",
     wait: Wait = 15.0,
     as_json: AsJson = False,
