@@ -43,6 +43,8 @@ def webhooks(
     """Durable reports per second, beside PostgreSQL's single commits and a bare Flask.
 
     Example: stoker bench webhooks --json
+
+    JSON: the figures, with the machine's own limits; docs/benchmarks.md explains them.
     """
     from orchestrator.bench import webhooks as bench
 
@@ -58,6 +60,8 @@ def latency(
     """How soon a job's machine is asked for, and a customer hears of a fact, while jobs queue.
 
     Example: stoker bench latency --json
+
+    JSON: the figures, with the machine's own limits; docs/benchmarks.md explains them.
     """
     from orchestrator.bench import latency as bench
 
@@ -73,6 +77,8 @@ def reconcile(
     """What a reconcile pass costs with 1,000 and 10,000 active jobs, and beside 100,000 old ones.
 
     Example: stoker bench reconcile --json
+
+    JSON: the figures, with the machine's own limits; docs/benchmarks.md explains them.
     """
     from orchestrator.bench import reconcile as bench
 
@@ -88,6 +94,8 @@ def pages(
     """How long Fleet takes, and what 50 open streams of it cost the receiver of reports.
 
     Example: stoker bench pages --json
+
+    JSON: the figures, with the machine's own limits; docs/benchmarks.md explains them.
     """
     from orchestrator.bench import pages as bench
 
@@ -127,6 +135,8 @@ def trainer(
     """Steps per second, time to the first step and memory of the trainer, beside another one.
 
     Example: stoker bench trainer --against train_text_to_image_lora.py --json
+
+    JSON: the figures, with the machine's own limits; docs/benchmarks.md explains them.
     """
     from orchestrator.bench import trainer as bench
     from orchestrator.cli.demo import skimage_photos

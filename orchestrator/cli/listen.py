@@ -52,6 +52,9 @@ def listen(
     """Show webhooks of your jobs as they happen, and forward them to a local server.
 
     Example: stoker listen --forward-to localhost:3000/webhooks
+
+    JSON: a line per webhook: {id, type, job, seq, created_at, answer, took_ms, error}; with `payload`
+    where nothing is forwarded.
     """
     target = _target(forward_to)
     key = _secret(secret)

@@ -34,13 +34,15 @@ def cost(
     since: Annotated[
         str, typer.Option(help="Machines rented since then: 2026-11-01, or 7d, or 12h.")
     ] = "30d",
-    until: Annotated[str, typer.Option(help="And before then.  [default: now]")] = "",
+    until: Annotated[str, typer.Option(help="And before then; default: now.")] = "",
     limit: Annotated[int, typer.Option(min=1, max=1000, help="Lines at most.")] = 400,
     as_json: AsJson = False,
 ) -> None:
     """Show what money went into: training, boots, failures; and what a completed job cost.
 
     Example: stoker cost --by host --since 7d
+
+    JSON: as `GET /v1/spend` answers.
     """
     now = datetime.now(UTC)
     query = {"group_by": by.value, "since": _moment(since, now, "--since"), "limit": limit}
@@ -71,7 +73,7 @@ def cost(
 def offers(
     gpu: Annotated[list[str], typer.Option(help="A GPU's name; may be repeated.")] = [],  # noqa: B006 -- typer's way
     min_vram: Annotated[
-        float | None, typer.Option(min=1, max=1000, help="GB.  [default: what the family takes]")
+        float | None, typer.Option(min=1, max=1000, help="GB; default: what the family takes.")
     ] = None,
     max_price: Annotated[
         float, typer.Option(min=0.000001, max=100, help="Dollars per hour, all in.")
@@ -89,6 +91,8 @@ def offers(
     """Show what is for rent now, in the order in which a job would take it. Rents nothing.
 
     Example: stoker offers --gpu "RTX 4090" --family sdxl
+
+    JSON: as `GET /v1/offers` answers.
     """
     query: dict[str, Any] = {
         "gpu": gpu,
@@ -114,6 +118,8 @@ def instances(as_json: AsJson = False) -> None:
     """List every machine that costs money, why it is kept or goes, and what no job is for.
 
     Example: stoker instances
+
+    JSON: as `GET /v1/instances` answers.
     """
     found = _asked("/v1/instances", _INSTANCES, {})
     if as_json:

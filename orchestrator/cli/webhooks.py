@@ -71,6 +71,8 @@ def ls(as_json: AsJson = False) -> None:
     """List the endpoints.
 
     Example: stoker webhooks ls
+
+    JSON: a list of endpoints, each as `GET /v1/webhook-endpoints/{id}` answers.
     """
     found = _all(Client.here())
     if as_json:
@@ -90,6 +92,8 @@ def add(
     """Tell of all jobs at one more place; its secret is shown once.
 
     Example: stoker webhooks add https://example.com/hooks --events job.completed,job.failed
+
+    JSON: the endpoint, as `GET /v1/webhook-endpoints/{id}` answers, and its `secret`.
     """
     body = {"url": url, "events": split(events), "description": description}
     made = _shaped(Client.here(), Client.here().post(ENDPOINTS, body), _ENDPOINT | {"secret"})
@@ -100,6 +104,8 @@ def show(endpoint: EndpointId, as_json: AsJson = False) -> None:
     """Show one endpoint.
 
     Example: stoker webhooks show we_01k9…
+
+    JSON: the endpoint, as `GET /v1/webhook-endpoints/{id}` answers.
     """
     client = Client.here()
     _print(_shaped(client, _at(client, "GET", endpoint), _ENDPOINT), as_json)
@@ -116,6 +122,8 @@ def send_test(
     """Send a test webhook, and show what was answered.
 
     Example: stoker webhooks test we_01k9…
+
+    JSON: a list of deliveries, each as `GET /v1/deliveries/{id}` answers.
     """
     client = Client.here()
     sent = _at(client, "POST", endpoint, "/test", {"type": event})
@@ -132,6 +140,8 @@ def rotate(
     """Make another secret, shown once. Until the overlap ends, both sign.
 
     Example: stoker webhooks rotate we_01k9… --overlap 48
+
+    JSON: the endpoint, as `GET /v1/webhook-endpoints/{id}` answers, and its new `secret`.
     """
     client = Client.here()
     body = {"overlap_s": round(overlap * 3600)}
@@ -143,6 +153,8 @@ def enable(endpoint: EndpointId, as_json: AsJson = False) -> None:
     """Send to an endpoint again; what was not sent meanwhile, `stoker events resend` sends.
 
     Example: stoker webhooks enable we_01k9…
+
+    JSON: the endpoint, as `GET /v1/webhook-endpoints/{id}` answers.
     """
     _change(endpoint, {"enabled": True}, as_json)
 
@@ -151,6 +163,8 @@ def disable(endpoint: EndpointId, as_json: AsJson = False) -> None:
     """Send nothing more to an endpoint, nor what waits for it.
 
     Example: stoker webhooks disable we_01k9…
+
+    JSON: the endpoint, as `GET /v1/webhook-endpoints/{id}` answers.
     """
     _change(endpoint, {"enabled": False}, as_json)
 
@@ -159,6 +173,8 @@ def rm(endpoint: EndpointId, as_json: AsJson = False) -> None:
     """Delete an endpoint and its secret. `disable` is what can be taken back.
 
     Example: stoker webhooks rm we_01k9…
+
+    JSON: {deleted}, the endpoint's id.
     """
     _asked(Client.here(), "DELETE", f"{ENDPOINTS}/{quote(endpoint, safe='')}", None)
     if as_json:
@@ -290,6 +306,8 @@ def ls_deliveries(
     """List webhooks, newest first.
 
     Example: stoker deliveries ls --status exhausted
+
+    JSON: a list of deliveries, each as `GET /v1/deliveries` lists them.
     """
     client = Client.here()
     asked = {"job": job, "endpoint": endpoint, "status": status}
@@ -323,6 +341,8 @@ def show_delivery(delivery: DeliveryId, as_json: AsJson = False) -> None:
     """Show a webhook: what it says, and each answer.
 
     Example: stoker deliveries show job_01k9….3
+
+    JSON: the delivery, as `GET /v1/deliveries/{id}` answers.
     """
     client = Client.here()
     path = f"{DELIVERIES}/{quote(delivery, safe='')}"
@@ -366,6 +386,8 @@ def resend(delivery: DeliveryId, wait: Wait = 15.0, as_json: AsJson = False) -> 
     """Send a webhook once more, under its old webhook-id, and show what was answered.
 
     Example: stoker events resend job_01k9….3
+
+    JSON: a list of deliveries, each as `GET /v1/deliveries/{id}` answers.
     """
     client = Client.here()
     path = f"{DELIVERIES}/{quote(delivery, safe='')}/replay"
@@ -387,6 +409,8 @@ def trigger(
     """Send a sample of an event to your endpoints, whatever their filters say.
 
     Example: stoker trigger job.completed
+
+    JSON: a list of deliveries, each as `GET /v1/deliveries/{id}` answers.
     """
     client = Client.here()
     mine = [] if endpoint else [item["id"] for item in _all(client, mine=True) if item["enabled"]]
