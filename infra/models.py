@@ -6,9 +6,10 @@ without a key of ours. Whoever asks gets the size, and the SHA-256 where somebod
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
@@ -16,7 +17,7 @@ from urllib.parse import quote, unquote, urljoin, urlsplit
 
 from gpu_agent.recipe import REPOSITORIES
 from gpu_agent.wire import Download
-from infra import guard, model_folders
+from infra import guard, model_folders, model_links
 from infra.settings import Settings
 from infra.storage import Storage
 from state.errors import StokerError
@@ -47,12 +48,48 @@ class BaseError(StokerError):
 
 @dataclass(frozen=True)
 class _Repository:
-    """Of the hub, at one commit: its files by path."""
+    """Of the hub, at one commit: its files by path, and what else its record says."""
 
     what: str
     repo: str
     commit: str
     files: Mapping[str, Mapping[str, Any]]
+    record: Mapping[str, Any]
+
+    @property
+    def tags(self) -> list[str]:
+        listed = self.record.get("tags")
+        return [tag for tag in (listed if isinstance(listed, list) else ()) if isinstance(tag, str)]
+
+    def size(self, path: str) -> int | None:
+        """Of a file, in bytes; None where the hub does not say."""
+        file = self.files[path]
+        large = file.get("lfs")
+        size = (large if isinstance(large, dict) else {}).get("size", file.get("size"))
+        return size if isinstance(size, int) and size > 0 else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoundBase:
+    """What a link leads to.
+
+    Attributes:
+        base: its address, as an order names it.
+        kind: what the site calls it: `Checkpoint`, `LORA` …; `folder` or `file` elsewhere.
+        family: one of ours; None where nobody says.
+        bytes: of all files of the model itself; None where nobody says.
+        fault: why it cannot be trained on; empty where it can.
+    """
+
+    base: str
+    name: str
+    version: str = ""
+    kind: str = "file"
+    family: str | None = None
+    bytes: int | None = None
+    sha256: str = ""
+    trigger_words: tuple[str, ...] = ()
+    fault: str = ""
 
 
 class BaseResolver:
@@ -106,7 +143,7 @@ class BaseResolver:
                 not answer.
         """
         kind, _, rest = base.partition(":")
-        try:
+        with _translated(base):
             match kind:
                 case "civitai":
                     return self._whole(self._from_civitai(rest, allow_pickle), family)
@@ -121,15 +158,108 @@ class BaseResolver:
                     return self._whole(found, family, private=self._private)
                 case _:
                     pass
-        except guard.GuardRefused as exc:
-            raise BaseError(f"{_shown(base)}: {exc}", code="model.bad_address") from None
-        except guard.GuardError as exc:
-            raise BaseError(
-                f"{_shown(base)}: {exc}", code="model.unreachable", retryable=True
-            ) from None
         raise BaseError(f"{_shown(base)} is no base model's address", code="model.bad_address")
 
+    def look_up(self, link: str) -> FoundBase:
+        """What a link to a model leads to, as people paste it from a browser, or as an order
+        names it. Nothing is downloaded, and nothing signed.
+
+        Raises:
+            BaseError: as `resolve`.
+        """
+        said = model_links.understood(link, self._civitai, self._hub)
+        with _translated(link):
+            match said:
+                case model_links.Version():
+                    return self._found_on_civitai(said)
+                case str() if said.startswith("hf:"):
+                    return self._found_on_hub(said)
+                case str() if said.startswith("s3:") and said.endswith("/"):
+                    parts = self._from_stored_folder(said.removeprefix("s3:"))
+                    size = sum(part.bytes for part in parts)
+                    name = said.rstrip("/").rpartition("/")[2]
+                    return FoundBase(base=said, name=name, kind="folder", bytes=size)
+                case str():
+                    if said.startswith("s3:"):
+                        file = self._from_storage(said.removeprefix("s3:"), allow_pickle=False)
+                    else:
+                        file = self._from_url(said, allow_pickle=False)
+                    return FoundBase(
+                        base=said, name=file.name, bytes=file.bytes, sha256=file.sha256
+                    )
+                case None:
+                    pass
+        raise BaseError(
+            f"{_shown(link)} is no link to a model on Civitai or Hugging Face, nor an address",
+            code="model.bad_address",
+        )
+
     # Civitai
+
+    def _found_on_civitai(self, said: model_links.Version) -> FoundBase:
+        headers, version = _bearer(self._civitai_key), said.version
+        if not version:
+            what = f"civitai.com/models/{said.model}"
+            model = self._record(what, f"{self._civitai}/api/v1/models/{said.model}", headers)
+            listed = model.get("modelVersions")
+            rows = listed if isinstance(listed, list) else []
+            ids = [row.get("id") for row in rows if isinstance(row, dict)]
+            newest = next((item for item in ids if type(item) is int and item > 0), None)
+            if newest is None:
+                raise _unreadable(what, "lists no version")
+            version = str(newest)
+        what = f"civitai:{version}"
+        record = self._record(what, f"{self._civitai}/api/v1/model-versions/{version}", headers)
+        about = record.get("model")
+        about = about if isinstance(about, dict) else {}
+        kind, base_model = str(about.get("type") or ""), str(record.get("baseModel") or "")
+        fault = model_links.fault_on_civitai(kind, base_model)
+        file: Mapping[str, Any] = {}
+        try:
+            file = _civitai_file(what, record, allow_pickle=False)
+        except BaseError as error:
+            fault = fault or str(error)
+        hashes = file.get("hashes")
+        sha256 = hashes.get("SHA256", "") if isinstance(hashes, dict) else ""
+        return FoundBase(
+            base=what,
+            name=str(about.get("name") or record.get("name") or what)[:200],
+            version=str(record.get("name") or "")[:100],
+            kind=kind[:40] or "file",
+            family=model_links.family_on_civitai(base_model),
+            bytes=round(file["sizeKB"] * 1024) if file else None,
+            sha256=_sha256(what, sha256),
+            trigger_words=model_links.words(record.get("trainedWords")),
+            fault=fault,
+        )
+
+    def _found_on_hub(self, base: str) -> FoundBase:
+        named = _HUGGING_FACE.fullmatch(base.removeprefix("hf:"))
+        if named is None:
+            raise BaseError(f"{_shown(base)} names no repository", code="model.bad_address")
+        there = self._repository(base, named["repo"], named["revision"] or "main")
+        folder = named["file"] is None and not there.files.keys().isdisjoint(model_folders.INDEXES)
+        if folder:
+            paths = list(model_folders.folder_files(there.files).values())
+        else:
+            paths = [_hub_file(base, there.files, named["file"], allow_pickle=False)]
+        sizes = [there.size(path) for path in paths]
+        large = there.files[paths[0]].get("lfs")
+        sha256 = large.get("sha256", "") if isinstance(large, dict) and not folder else ""
+        card = there.record.get("cardData")
+        card = card if isinstance(card, dict) else {}
+        has_token = bool(self._hub_token.reveal())
+        return FoundBase(
+            base=base,
+            name=named["repo"] if folder else f"{named['repo']}/{paths[0]}",
+            version=there.commit[:12],
+            kind="folder" if folder else "file",
+            family=model_links.family_on_hub(named["repo"], there.tags),
+            bytes=None if None in sizes else sum(size or 0 for size in sizes),
+            sha256=_sha256(base, sha256),
+            trigger_words=model_links.words(card.get("instance_prompt")),
+            fault=model_links.fault_on_hub(there.tags, there.record.get("gated"), has_token),
+        )
 
     def _from_civitai(self, version: str, allow_pickle: bool) -> Download:
         what = f"civitai:{version}"
@@ -177,7 +307,7 @@ class BaseResolver:
             if isinstance(row, dict) and isinstance(row.get("rfilename"), str)
         }
         # the commit, so that bytes and hash belong together whatever is pushed meanwhile
-        return _Repository(what, repo, str(record.get("sha") or revision), files)
+        return _Repository(what, repo, str(record.get("sha") or revision), files, record)
 
     def _hub_part(self, there: _Repository, name: str, path: str) -> Download:
         file, headers = there.files[path], _bearer(self._hub_token)
@@ -185,8 +315,8 @@ class BaseResolver:
         place = f"{self._hub}/{quote(there.repo)}/resolve/{commit}/{quote(path)}"
         large = file.get("lfs")
         large = large if isinstance(large, dict) else {}
-        size = large.get("size", file.get("size"))
-        if not isinstance(size, int) or size <= 0:
+        size = there.size(path)
+        if size is None:
             raise _unreadable(there.what, f"does not say how large {path} is")
         if large or self._storage is None:
             url = self._signed(there.what, place, headers, "HF_TOKEN")
@@ -352,6 +482,19 @@ class BaseResolver:
         return self._http(
             "GET", url, headers=headers, timeout=_TIMEOUT_S, allow_private=True, limit=limit
         )
+
+
+@contextlib.contextmanager
+def _translated(base: str) -> Iterator[None]:
+    """The guard's errors as ours."""
+    try:
+        yield
+    except guard.GuardRefused as exc:
+        raise BaseError(f"{_shown(base)}: {exc}", code="model.bad_address") from None
+    except guard.GuardError as exc:
+        raise BaseError(
+            f"{_shown(base)}: {exc}", code="model.unreachable", retryable=True
+        ) from None
 
 
 def _bearer(key: Secret) -> dict[str, str]:

@@ -17,6 +17,7 @@ from infra import telemetry
 from orchestrator import dashboard, streams
 from orchestrator.agent_api import agent_api
 from orchestrator.api import limits, problems
+from orchestrator.api.bases import bases
 from orchestrator.api.datasets import datasets
 from orchestrator.api.deliveries import deliveries
 from orchestrator.api.estimates import Estimates
@@ -78,14 +79,15 @@ def create_app(deps: Deps) -> OpenAPI:
     app.config["MAX_CONTENT_LENGTH"] = MAX_BODY
     app.json.sort_keys = False  # type: ignore[attr-defined]  # Flask's default provider has it
     metrics, waker = Metrics(deps.metrics_dir), Waker(deps.wake)
-    auth = AttemptAuth(deps.store, deps.clock)
+    auth, estimates = AttemptAuth(deps.store, deps.clock), Estimates(deps)
     problems.install(app)
     limits.install(app, deps)
     _watch_requests(app, metrics)
     streams.install(app, deps)
     app.register_api(datasets(deps, waker))
-    app.register_api(jobs(deps, waker, Estimates(deps)))
+    app.register_api(jobs(deps, waker, estimates))
     app.register_api(reads(deps))
+    app.register_api(bases(deps))
     app.register_api(webhook_endpoints(deps, waker))
     app.register_api(deliveries(deps, waker))
     app.register_api(hosts(deps))
@@ -93,7 +95,7 @@ def create_app(deps: Deps) -> OpenAPI:
     app.register_blueprint(agent_api(deps, auth, waker))
     app.register_blueprint(vast_hints(deps, waker))
     app.register_blueprint(health(deps, metrics, lambda: spec_of(app)))
-    dashboard.install(app, deps, waker)
+    dashboard.install(app, deps, waker, estimates)
     receiver = Receiver(auth, ReportTaker(deps.store, deps.clock, waker, metrics), metrics)
     app.wsgi_app = WsgiReceiver(app.wsgi_app, receiver)  # type: ignore[method-assign]
     return app

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from gpu_agent import wire
+from infra.models import FoundBase
 from infra.provider import Provider
 from infra.settings import Settings
 from state.job import JobRequest
@@ -59,6 +60,7 @@ class Deps:
         ready_checks: by part; None is well, a text says what is wrong.
         pause: waits so many seconds; long polls use it.
         market: opens the door to the GPU market; raises SettingsError where none is set.
+        look_up_base: what a link to a base model leads to; raises BaseError.
         metrics_dir: where the processes of one server share their counters; None for one process.
     """
 
@@ -72,4 +74,5 @@ class Deps:
     ready_checks: Mapping[str, Callable[[], str | None]] = field(default_factory=dict)
     pause: Callable[[float], None] = time.sleep
     market: Callable[[], Provider] | None = None
+    look_up_base: Callable[[str], FoundBase] | None = None
     metrics_dir: Path | None = None

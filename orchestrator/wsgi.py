@@ -43,6 +43,7 @@ def make_app() -> Flask:
             settings=have.settings,
             ready_checks=ready_checks(have),
             market=lambda: have.provider,
+            look_up_base=lambda link: have.bases.look_up(link),
             metrics_dir=Path(shared) if shared else None,
         )
     )

@@ -39,6 +39,14 @@ class Shelf:
         path = self._directory / Path(str(name)).name
         return path if name and path.is_file() else None
 
+    def versions(self) -> list[int]:
+        try:
+            index = json.loads((self._directory / "index.json").read_text())
+        except (OSError, ValueError):
+            return []
+        numbers = index if isinstance(index, dict) else {}
+        return [int(number) for number in numbers if number.isascii() and number.isdigit()]
+
     def sha256(self, path: Path) -> str:
         stat = path.stat()
         key = (str(path), stat.st_size, stat.st_mtime_ns)
@@ -65,6 +73,19 @@ def civitai_blueprint(
         if path is None:
             return jsonify({"error": f"No model version with id {version}"}), 404
         return jsonify(_record(version, path, shelf.sha256(path), request.host_url)), 200
+
+    @api.get("/api/v1/models/<int:model>")
+    def model(model: int) -> tuple[Response, int]:
+        """A model by its number, with its versions, the newest first."""
+        versions = [
+            _record(version, path, shelf.sha256(path), request.host_url)
+            for version in sorted(shelf.versions(), reverse=True)
+            if _model_of(version) == model and (path := shelf.file(version)) is not None
+        ]
+        if not versions:
+            return jsonify({"error": f"No model with id {model}"}), 404
+        about = versions[0]["model"]
+        return jsonify({"id": model, **about, "modelVersions": versions}), 200
 
     @api.get("/api/download/models/<int:version>")
     def download(version: int) -> tuple[BaseResponse, int]:
@@ -98,12 +119,16 @@ def civitai_blueprint(
     return api
 
 
+def _model_of(version: int) -> int:
+    return version // 10 or 1
+
+
 def _record(version: int, path: Path, sha256: str, host_url: str) -> dict[str, Any]:
     url = f"{host_url}api/download/models/{version}"
     size = path.stat().st_size
     return {
         "id": version,
-        "modelId": version // 10 or 1,
+        "modelId": _model_of(version),
         "name": "v1.0",
         "baseModel": "SD 1.5",
         "status": "Published",

@@ -469,3 +469,105 @@ def test_a_folder_of_our_own_store_is_a_base(place: Place) -> None:
     ]
     with pytest.raises(BaseError, match=r"model_index\.json"):
         shelved(place, shelf).resolve("s3:bases/other/", "sd1")
+
+
+# --- looking a link up ------------------------------------------------------------------------
+
+
+def version_record(**changes: Any) -> dict[str, Any]:
+    return {
+        "id": 7,
+        "name": "v8",
+        "baseModel": "SDXL 1.0",
+        "trainedWords": ["dreamy"],
+        "model": {"name": "Dreamy", "type": "Checkpoint"},
+        "files": [civitai_file()],
+        **changes,
+    }
+
+
+def test_a_link_to_civitai_says_name_kind_family_and_size(place: Place) -> None:
+    place.json("/api/v1/models/3", {"modelVersions": [{"id": 7}, {"id": 6}]})
+    place.json("/api/v1/model-versions/7", version_record())
+    found = resolver(place).look_up(f"{place.url}/models/3/dreamy")
+    assert (found.base, found.name, found.version, found.kind, found.family) == (
+        "civitai:7", "Dreamy", "v8", "Checkpoint", "sdxl",
+    )  # fmt: skip
+    assert (found.bytes, found.sha256) == (2560, "ab" * 32)
+    assert (found.trigger_words, found.fault) == (("dreamy",), "")
+    # a look costs no download: nothing was signed
+    assert not any("download" in path for path, _ in place.asked)
+    assert resolver(place).look_up("civitai:7") == found
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model": {"name": "x", "type": "LORA"}}, "is a LORA"),
+        ({"baseModel": "Wan Video 2.2"}, "is a Wan Video 2.2"),
+        ({"files": [civitai_file(name="x.ckpt")]}, "pickle"),
+    ],
+)
+def test_a_model_that_is_no_base_is_shown_with_its_fault(
+    place: Place, changes: dict[str, Any], words: str
+) -> None:
+    place.json("/api/v1/model-versions/7", version_record(**changes))
+    assert words in resolver(place).look_up("civitai:7").fault
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {},
+        {"model": None, "files": None, "trainedWords": None, "baseModel": None},
+        {"model": [], "files": [{"sizeKB": "x"}], "trainedWords": "x", "name": {}},
+    ],
+)
+def test_a_record_of_nonsense_is_no_base(place: Place, record: dict[str, Any]) -> None:
+    place.json("/api/v1/model-versions/7", record)
+    found = resolver(place).look_up("civitai:7")
+    assert (found.bytes, bool(found.fault)) == (None, True)
+    place.json("/api/v1/models/3", {"modelVersions": [{"id": "x"}, None]})
+    with pytest.raises(BaseError, match="lists no version"):
+        resolver(place).look_up(f"{place.url}/models/3")
+
+
+def test_a_link_to_the_hub_says_family_and_size_of_a_folder_and_of_a_file(place: Place) -> None:
+    files = [
+        {"rfilename": "model_index.json", "size": 500},
+        {"rfilename": "unet/model.safetensors", "size": 9, "lfs": {"size": 900, "sha256": SHA256}},
+        {"rfilename": "one.safetensors", "lfs": {"size": 70, "sha256": SHA256}},
+        {"rfilename": "README.md", "size": 10_000},
+    ]
+    record = {
+        "sha": "c0ffee",
+        "siblings": files,
+        "tags": ["diffusers:FluxPipeline", 3],
+        "cardData": {"instance_prompt": "a photo of ohwx"},
+    }
+    place.json("/api/models/a/b/revision/main?blobs=true", record)
+    folder = resolver(place).look_up(f"{place.url}/a/b")
+    assert (folder.base, folder.kind, folder.family, folder.bytes) == (
+        "hf:a/b", "folder", "flux", 1400,
+    )  # fmt: skip
+    assert folder.trigger_words == ("a photo of ohwx",)
+    file = resolver(place).look_up(f"{place.url}/a/b/blob/main/one.safetensors")
+    assert (file.base, file.bytes, file.sha256) == (
+        "hf:a/b/one.safetensors", 70, "ab" * 32,
+    )  # fmt: skip
+    place.json("/api/models/a/b/revision/main?blobs=true", {**record, "gated": "auto"})
+    assert resolver(place).look_up("hf:a/b").fault == ""
+    assert "gated" in resolver(place, huggingface_token=Secret("")).look_up("hf:a/b").fault
+
+
+def test_a_link_that_leads_nowhere_says_so(place: Place) -> None:
+    for link, code in (
+        ("dreamshaper", "model.bad_address"),
+        (f"{place.url}/models/99", "model.not_found"),
+        ("hf:a/none", "model.not_found"),
+        ("s3:bases/x", "model.bad_address"),
+    ):
+        with pytest.raises(BaseError) as refused:
+            resolver(place).look_up(link)
+        assert refused.value.code == code
+        assert not refused.value.retryable
