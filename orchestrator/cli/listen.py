@@ -53,8 +53,8 @@ def listen(
 
     Example: stoker listen --forward-to localhost:3000/webhooks
 
-    JSON: a line per webhook: {id, type, job, seq, created_at, answer, took_ms, error}; with `payload`
-    where nothing is forwarded.
+    JSON: a line per webhook: {id, type, job, seq, created_at, answer, took_ms, error}; with
+    `payload` where nothing is forwarded.
     """
     target = _target(forward_to)
     key = _secret(secret)
