@@ -18,6 +18,7 @@ from werkzeug.wrappers import Response as AnyResponse
 
 from gpu_agent.recipe import FAMILIES, QUALITIES, Recipe, RecipeError
 from orchestrator.api import datasets, jobs, present, problems, schemas
+from orchestrator.api.estimates import EstimateIn, Estimates
 from orchestrator.api.problems import Refusal
 from orchestrator.deps import Deps
 from orchestrator.waker import Waker
@@ -115,7 +116,7 @@ def draft_of(job: Job) -> dict[str, Any]:
 def plain_draft() -> dict[str, Any]:
     """What the form says before anybody touched it."""
     order = schemas.JobIn(dataset_id="", base="", recipe={"quality": "standard"})
-    said = order.model_dump(mode="json", exclude={"webhook", "dataset_id"})
+    said = order.model_dump(mode="json", exclude={"dataset_id"}, exclude_none=True)
     return {**said, "base_family": "sdxl"}
 
 
@@ -131,7 +132,7 @@ def _usual() -> dict[str, dict[str, dict[str, Any]]]:
     return found
 
 
-def register(pages: Blueprint, deps: Deps, waker: Waker) -> None:
+def register(pages: Blueprint, deps: Deps, waker: Waker, estimates: Estimates) -> None:
     """Put the page's views into `pages`."""
     orders, usual = jobs.Orders(deps, waker), _usual()
 
@@ -194,6 +195,12 @@ def register(pages: Blueprint, deps: Deps, waker: Waker) -> None:
         with deps.store.transaction() as tx:
             dataset = datasets.visible(tx, dataset_id, g.caller)
         return render_template("new_dataset.html", dataset=dataset)
+
+    @pages.post("/new/estimate", endpoint="new_estimate")
+    @_as_problem
+    def estimate() -> str:
+        found = jobs.estimated(deps, estimates, g.caller, _said(EstimateIn))
+        return render_template("new_estimate.html", estimate=found)
 
     @pages.post("/new", endpoint="new_start")
     @_as_problem

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from flask import Blueprint, Flask
 
+from orchestrator.api.estimates import Estimates
 from orchestrator.dashboard import access, actions, fleet, job, live, money, new, webhooks, words
 from orchestrator.deps import Deps
 from orchestrator.waker import Waker
@@ -17,7 +18,7 @@ PAGES = (
 )
 
 
-def install(app: Flask, deps: Deps, waker: Waker) -> None:
+def install(app: Flask, deps: Deps, waker: Waker, estimates: Estimates) -> None:
     """Add the pages to `app`."""
     pages = Blueprint(
         "pages",
@@ -32,7 +33,7 @@ def install(app: Flask, deps: Deps, waker: Waker) -> None:
     job.register(pages, deps)
     actions.register(pages, deps, waker)
     money.register(pages, deps)
-    new.register(pages, deps, waker)
+    new.register(pages, deps, waker, estimates)
     webhooks.register(pages, deps, waker)
     live.register(pages, deps)
     pages.add_app_template_global(PAGES, "PAGES")  # type: ignore[arg-type]  # any value will do
