@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import os
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -26,7 +31,7 @@ from orchestrator.app import create_app
 from orchestrator.deps import Deps
 from state import record
 from state.errors import StorageError
-from state.events import ApiKey, Attempt, Dataset, DatasetStatus
+from state.events import ApiKey, Attempt, Dataset, DatasetStatus, Secret
 from state.job import Job, JobRequest
 from state.lease import Lease, LeaseStatus
 from state.memory import MemoryStore
@@ -279,6 +284,41 @@ def sql_store(migrated: SqlStore, database_url: str) -> SqlStore:
     with psycopg.connect(database_url, autocommit=True) as connection:
         connection.execute(f"TRUNCATE {tables}".encode())
     return migrated
+
+
+@pytest.fixture(scope="session")
+def serve() -> Callable[[str, Secret], contextlib.AbstractContextManager[str]]:
+    """`with serve(database_url, key) as url`: two processes of granian, as `stoker serve` runs
+    them."""
+    return _serve
+
+
+@contextlib.contextmanager
+def _serve(database_url: str, key: Secret) -> Iterator[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    argv = [
+        sys.executable, "-m", "granian", "--interface", "rsgi", "--factory", "--no-ws",
+        "--port", str(port), "--workers", "2", "--log-level", "warning",
+        "orchestrator.bench.target:server",
+    ]  # fmt: skip
+    env = {**os.environ, "DATABASE_URL": database_url, "STOKER_SECRET_KEYS": key.reveal()}
+    process = subprocess.Popen(argv, env=env)
+    try:
+        until = time.monotonic() + 60
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                break
+            except OSError:
+                assert process.poll() is None, "the server ended"
+                assert time.monotonic() < until, "the server does not come up"
+                time.sleep(0.05)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(20)
 
 
 @pytest.fixture(params=["memory", "postgres"])

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import http.client
-import os
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from typing import Any
 
 import pytest
 import requests
@@ -58,34 +56,14 @@ class Site:
 
 
 @pytest.fixture(scope="module")
-def site(database_url: str) -> Iterator[Site]:
+def site(database_url: str, serve: Any) -> Iterator[Site]:
     key = SecretBox.new_key()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    argv = [
-        sys.executable, "-m", "granian", "--interface", "rsgi", "--factory", "--no-ws",
-        "--port", str(port), "--workers", "2", "--log-level", "warning",
-        "orchestrator.bench.target:server",
-    ]  # fmt: skip
-    env = {**os.environ, "DATABASE_URL": database_url, "STOKER_SECRET_KEYS": key.reveal()}
-    process = subprocess.Popen(argv, env=env)
     store = SqlStore(database_url, SecretBox([key]))
     try:
-        until = time.monotonic() + 60
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", port), timeout=1).close()
-                break
-            except OSError:
-                assert process.poll() is None, "the server ended"
-                assert time.monotonic() < until, "the server does not come up"
-                time.sleep(0.05)
-        yield Site(f"http://127.0.0.1:{port}", store)
+        with serve(database_url, key) as url:
+            yield Site(url, store)
     finally:
         store.close()
-        process.terminate()
-        process.wait(20)
 
 
 def test_the_same_report_at_both_processes_is_one_event(site: Site) -> None:
