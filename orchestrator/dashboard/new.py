@@ -18,6 +18,7 @@ from werkzeug.wrappers import Response as AnyResponse
 
 from gpu_agent.recipe import FAMILIES, QUALITIES, Recipe, RecipeError
 from orchestrator.api import datasets, jobs, present, problems, schemas
+from orchestrator.api.bases import Bases, BasesQuery
 from orchestrator.api.estimates import EstimateIn, Estimates
 from orchestrator.api.problems import Refusal
 from orchestrator.deps import Deps
@@ -134,7 +135,7 @@ def _usual() -> dict[str, dict[str, dict[str, Any]]]:
 
 def register(pages: Blueprint, deps: Deps, waker: Waker, estimates: Estimates) -> None:
     """Put the page's views into `pages`."""
-    orders, usual = jobs.Orders(deps, waker), _usual()
+    orders, models, usual = jobs.Orders(deps, waker), Bases(deps), _usual()
 
     def chosen(draft: Mapping[str, Any]) -> Dataset | None:
         """The photographs that the page begins with: an earlier upload's, or a job's."""
@@ -195,6 +196,11 @@ def register(pages: Blueprint, deps: Deps, waker: Waker, estimates: Estimates) -
         with deps.store.transaction() as tx:
             dataset = datasets.visible(tx, dataset_id, g.caller)
         return render_template("new_dataset.html", dataset=dataset)
+
+    @pages.post("/new/base", endpoint="new_base")
+    @_as_problem
+    def base() -> AnyResponse:
+        return present.answer(models.found(_said(BasesQuery).link))
 
     @pages.post("/new/estimate", endpoint="new_estimate")
     @_as_problem

@@ -610,7 +610,7 @@ let looking = null;
 
 async function lookUp() {
   const link = field("base").value.trim();
-  if (link === found.of || !form.dataset.base) return;
+  if (link === found.of) return;
   looking?.abort();
   found = { of: null, base: "" };
   if (!link) return $("found").replaceChildren();
@@ -638,7 +638,7 @@ function showBase(base) {
   const list = document.createElement("dl");
   list.className = "facts";
   const facts = [
-    ["Name", base.name], ["Type", base.kind], ["Size", base.bytes ? sizeOf(base.bytes) : ""],
+    ["Name", [base.name, base.version].filter(Boolean).join(" · ")], ["Type", base.kind], ["Size", base.bytes ? sizeOf(base.bytes) : ""],
     ["Address", base.base], ["SHA-256", base.sha256],
     ["Its own words", (base.trigger_words ?? []).join(", ")],
   ];
@@ -678,7 +678,7 @@ function estimateSoon() {
 }
 
 async function estimate() {
-  if (!field("base").value.trim() || !form.dataset.estimate) return;
+  if (!field("base").value.trim()) return;
   asking?.abort();
   asking = new AbortController();
   const { signal } = asking;

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from infra.models import FoundBase
+from orchestrator.app import create_app
 from orchestrator.dashboard.new import draft_of
 from state.events import DatasetStatus
 from state.memory import MemoryStore
@@ -122,6 +124,30 @@ def test_what_is_wrong_with_an_order_is_said_of_its_field(
     order = {**ORDER, "dataset_id": edge.dataset("operations").id, **change}
     faults = problem(ask("/new", order), 422)["errors"]
     assert [item["pointer"] for item in faults] == [pointer]
+
+
+def test_a_pasted_link_is_looked_up(edge: Any) -> None:
+    found = FoundBase(
+        base="civitai:128078",
+        name="SD XL",
+        version="v1.0",
+        kind="Checkpoint",
+        family="sdxl",
+        bytes=6_938_041_050,
+        sha256="ab" * 32,
+    )
+    deps = replace(edge.deps, look_up_base=lambda link: found)
+    edge.app = create_app(deps)
+    browser = edge.page()
+    headers = {"X-CSRFToken": edge.csrf_of(browser.get("/new")), "HX-Request": "true"}
+    link = {"link": "https://civitai.com/models/101055?modelVersionId=128078"}
+    shown = browser.post("/new/base", json=link, headers=headers).json
+    assert (shown["base"], shown["family"], shown["kind"]) == (
+        "civitai:128078",
+        "sdxl",
+        "Checkpoint",
+    )
+    assert shown["bytes"] == 6_938_041_050
 
 
 def test_without_a_market_the_estimate_says_why(ask: Any, problem: Any) -> None:
