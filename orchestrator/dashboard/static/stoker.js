@@ -111,13 +111,22 @@ document.addEventListener("keydown", (event) => {
 });
 
 // A gone connection is said; the next good answer takes it back.
+let broken = false;
 const lost = () => { document.body.dataset.line = "lost"; };
-const found = () => { delete document.body.dataset.line; };
-document.addEventListener("htmx:error", lost);
-document.addEventListener("htmx:sse:error", lost);
+const found = () => { broken = false; delete document.body.dataset.line; };
+const broke = () => { broken = true; lost(); };
+document.addEventListener("htmx:error", broke);
+document.addEventListener("htmx:sse:error", ({ detail }) => {
+  if (detail.status === 401) location.reload(); // which leads to the login
+  else broke();
+});
+document.addEventListener("bye", ({ detail }) => {
+  if (String(detail?.data).includes("unauthorized")) location.reload();
+});
 document.addEventListener("htmx:response:error", ({ detail }) => {
-  if (detail.ctx.response.status >= 500) lost();
+  if (detail.ctx.response.status >= 500) broke();
 });
 document.addEventListener("htmx:after:swap", found);
 document.addEventListener("htmx:sse:after:connection", found);
 addEventListener("offline", lost);
+addEventListener("online", () => { if (!broken) found(); });
