@@ -27,6 +27,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.e2e)
+            if "stoker" in getattr(item, "fixturenames", ()):
+                item.add_marker(pytest.mark.xdist_group("a whole Stoker"))
 
 
 @pytest.fixture(scope="session")
