@@ -136,10 +136,19 @@ INVARIANTS: dict[str, tuple[str, str]] = {
         "The same seed gives the same simulation.",
         "`orchestrator/sim/kernel.py`: one seeded random, one order of events.",
     ),
+    "I23": (
+        "What a test key orders neither rents, ends, pays for nor blames a real machine; what is "
+        "real never runs on one that pretends.",
+        "`orchestrator/api/auth.py` and `jobs.py`: the key decides; `state/rehearsal.py`: the "
+        "mark; `tasks/allocate.py`, `tasks/deallocate.py`: each kind is left alone by the "
+        "other's renter and keeper; the stores: no rehearsal among the leases that cost money; "
+        "`infra/rehearsal/market.py`: only what bears the mark.",
+    ),
 }
 
 _RENTING = "tests/unit/tasks/test_renting.py::"
 _RACES = "tests/unit/tasks/test_races.py::"
+_TEST_MODE = "tests/integration/orchestrator/test_rehearsals.py::"
 _RECONCILE = "tests/unit/tasks/test_reconcile.py::"
 _RELAY = "tests/unit/tasks/test_relay.py::"
 _LANES = "tests/unit/tasks/test_relay_lanes.py::"
@@ -990,5 +999,86 @@ MUTATIONS: tuple[Mutation, ...] = (
             "tests/unit/sim/test_sim.py::"
             "test_the_same_seed_gives_the_same_trace_and_another_does_not",
         ),
+    ),
+    Mutation(
+        invariant="I23",
+        what="a real machine is rented for a rehearsal",
+        path="tasks/allocate.py",
+        old="            if (job.request.rehearsal is not None) is not self.terms.rehearsed:\n",
+        new="            if False:\n",
+        tests=(
+            _TEST_MODE + "test_the_real_renter_rents_for_no_rehearsal",
+            _TEST_MODE + "test_a_rehearsals_renter_rents_for_nothing_real",
+        ),
+    ),
+    Mutation(
+        invariant="I23",
+        what="any keeper judges any lease",
+        path="tasks/deallocate.py",
+        old="        if lease.rehearsed is not self.rehearsed:\n            return None\n",
+        new="",
+        tests=(
+            _TEST_MODE + "test_the_real_keeper_leaves_rehearsals_alone",
+            _TEST_MODE + "test_a_rehearsals_keeper_leaves_what_is_real_alone",
+        ),
+    ),
+    Mutation(
+        invariant="I23",
+        what="open rehearsals are open leases",
+        path="state/memory.py",
+        old="        return [lease for lease in opened if not lease.rehearsed]\n",
+        new="        return opened\n",
+        tests=(_TEST_MODE + "test_a_rehearsal_counts_nowhere_in_the_money",),
+    ),
+    Mutation(
+        invariant="I23",
+        what="what a rehearsal cost is written down as spent",
+        path="tasks/deallocate.py",
+        old="            if not lease.rehearsed:  # for",
+        new="            if True:  # for",
+        tests=(
+            _TEST_MODE + "test_a_rehearsal_counts_nowhere_in_the_money",
+            _TEST_MODE + "test_a_rehearsal_is_asked_no_invoice_for",
+        ),
+    ),
+    Mutation(
+        invariant="I23",
+        what="a machine that pretends is remembered as a host",
+        path="state/record.py",
+        old="        if not lease.rehearsed:\n            self.tx.save_host(host)",
+        new="        if True:\n            self.tx.save_host(host)",
+        tests=(_TEST_MODE + "test_a_rehearsal_counts_nowhere_in_the_money",),
+    ),
+    Mutation(
+        invariant="I23",
+        what="the market of tests takes what bears no mark",
+        path="infra/rehearsal/market.py",
+        old="        if not (offer.id.startswith(PREFIX) and rehearsal.is_marked(spec.label)):\n",
+        new="        if False:\n",
+        tests=(_TEST_MODE + "test_the_market_of_tests_refuses_what_bears_no_mark",),
+    ),
+    Mutation(
+        invariant="I23",
+        what="a test key orders what is real, unless it asks for a test",
+        path="orchestrator/api/jobs.py",
+        old="        return replace(order.request, rehearsal=order.rehearsal or Rehearsal())\n",
+        new="        return replace(order.request, rehearsal=order.rehearsal)\n",
+        tests=(_TEST_MODE + "test_jobs_and_webhooks_say_their_mode",),
+    ),
+    Mutation(
+        invariant="I23",
+        what="a test key acts for the owner of live ones",
+        path="orchestrator/api/auth.py",
+        old="owner=key.owner + TEST_OWNER, scopes",
+        new="owner=key.owner, scopes",
+        tests=(_TEST_MODE + "test_neither_mode_sees_the_other",),
+    ),
+    Mutation(
+        invariant="I23",
+        what="an operator's word and the real market's state stop rehearsals",
+        path="tasks/allocate.py",
+        old="            return brakes.Book(leases=tx.open_rehearsals(), beats={})\n",
+        new="            return brakes.Book(leases=tx.open_rehearsals(), beats=tx.beats())\n",
+        tests=(_TEST_MODE + "test_a_real_market_that_is_down_stops_no_rehearsal",),
     ),
 )

@@ -7,7 +7,7 @@ from .catalogue import INVARIANTS, MUTATIONS
 HEAD = """\
 # What is never otherwise
 
-The invariants I1 to I22: the code that keeps each, the mutations that took some of that code away,
+The invariants I1 to I23: the code that keeps each, the mutations that took some of that code away,
 and the tests that failed for it. Generated from `tests/mutations/catalogue.py` by
 `python -m tests.mutations > docs/invariants.md`; a test holds them together.
 
