@@ -29,6 +29,7 @@ from werkzeug.wrappers import Response as AnyResponse
 from orchestrator.api import auth, limits
 from orchestrator.api.auth import Caller
 from orchestrator.api.problems import Refusal, refusal_of
+from orchestrator.dashboard import tickets
 from orchestrator.deps import Deps
 from state.errors import StokerError
 from state.events import Secret
@@ -135,6 +136,8 @@ def install(pages: Blueprint, deps: Deps, csrf: CSRFProtect) -> None:
 
     @pages.route("/login", methods=["GET", "POST"])
     def login() -> AnyResponse | str | tuple[str, int]:
+        if ticket := request.args.get("ticket", ""):
+            return follow(ticket)
         if request.method == "GET":
             return render_template("login.html", fault="", next=inside(request.args.get("next")))
         where = inside(request.form.get("next"))
@@ -155,10 +158,16 @@ def install(pages: Blueprint, deps: Deps, csrf: CSRFProtect) -> None:
                 "`stoker keys create NAME --scope operator` makes one."
             )
             return render_template("login.html", fault=fault, next=where), 403
-        session.clear()
-        session.permanent = True
-        session[_KEY] = auth.hash_of(key)
+        _begin(auth.hash_of(key))
         return redirect(where)
+
+    def follow(ticket: str) -> AnyResponse | tuple[str, int]:
+        key_hash = tickets.redeem(deps, ticket) if request.method == "GET" else None
+        if key_hash is None or _caller(deps, key_hash) is None:
+            fault = "This link was used already, or is older than two minutes. Log in with a key."
+            return render_template("login.html", fault=fault, next="/"), 401
+        _begin(key_hash)
+        return redirect("/")
 
     @pages.post("/logout")
     def logout() -> AnyResponse:
@@ -176,6 +185,12 @@ def install(pages: Blueprint, deps: Deps, csrf: CSRFProtect) -> None:
         refusal = refusal_of(error)
         page = render_template("error.html", status=refusal.status, what=refusal.detail)
         return page, refusal.status, refusal.headers
+
+
+def _begin(key_hash: str) -> None:
+    session.clear()
+    session.permanent = True
+    session[_KEY] = key_hash
 
 
 def _caller(deps: Deps, key_hash: str) -> Caller | None:
