@@ -23,7 +23,6 @@ from celery.signals import setup_logging, worker_ready, worker_shutting_down
 from infra import guard, logs, telemetry
 from infra.wiring import Services, services
 from state import policy, usual
-from state.events import parts_of
 from state.policy import Policy
 from tasks import reconcile as passes
 from tasks import rounds
@@ -231,13 +230,7 @@ def verify_weights(job_ids: list[str]) -> None:
 def relay(subjects: list[str]) -> None:
     """Jobs, all of whose webhooks may go; or queues by their names."""
     for subject in subjects:
-        _, endpoint = parts_of(subject)
-        queues = [subject] if endpoint else relayer().queues(subject)
-        # Each in a task of its own: a slow endpoint must not hold up another.
-        for queue in queues[1:]:
-            wake("relay", [queue])
-        for queue in queues[:1]:
-            relayer().relay(queue)
+        relayer().relay_all(subject, wake)
 
 
 @app.task(name="reconcile")

@@ -23,8 +23,9 @@ from typing import Protocol
 from gpu_agent import wire
 from state.endpoints import Endpoint
 from state.errors import NotFound
-from state.events import Delivery, Outgoing, OutgoingStatus
+from state.events import Delivery, Outgoing, OutgoingStatus, parts_of
 from state.store import Store, Transaction
+from tasks.reconcile import Wake
 
 #: Pauses before the second, third … try (the Standard Webhooks schedule, 75.6 h in all).
 SCHEDULE_S = (5, 300, 1800, 7200, 18_000, 36_000, 50_400, 72_000, 86_400)
@@ -117,10 +118,17 @@ class Relay:
     random: random.Random
     lanes: Lanes = field(default_factory=Lanes)
 
-    def queues(self, job_id: str) -> list[str]:
-        """The names of the job's queues in which something waits."""
-        with self.store.transaction() as tx:
-            return tx.queues_of(job_id)
+    def relay_all(self, subject: str, wake: Wake) -> int:
+        """Send what is due in a queue; of a job, in all of its queues. One of them here, each
+        other in a task of its own: a slow endpoint must not hold up another.
+        """
+        queues = [subject]
+        if not parts_of(subject)[1]:
+            with self.store.transaction() as tx:
+                queues = tx.queues_of(subject)
+        for queue in queues[1:]:
+            wake("relay", [queue])
+        return self.relay(queues[0]) if queues else 0
 
     def relay(self, queue: str) -> int:
         """Send what is due in a queue, oldest first, until something is not; how many went out.

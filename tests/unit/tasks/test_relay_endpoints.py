@@ -199,3 +199,21 @@ def test_what_no_listener_fetched_ends_after_its_time(
     world.clock.advance(LISTEN.total_seconds())
     run(world, relay)
     assert (places.got, statuses(world)["we_laptop"]) == ({}, [OutgoingStatus.DISABLED])
+
+
+def test_a_message_for_a_job_sends_one_queue_and_hands_on_the_others(
+    world: Any, relay: Relay, places: Places
+) -> None:
+    """What comes of a report names the job alone."""
+    add(world, "one")
+    add(world, "two")
+    world.add_job()
+    handed: list[tuple[str, list[str]]] = []
+    wake = lambda task, ids: handed.append((task, list(ids)))  # noqa: E731 -- a stand-in
+    assert relay.relay_all("job_1", wake) == 1
+    assert handed == [("relay", ["job_1/we_one"]), ("relay", ["job_1/we_two"])]
+    assert places.got == {"example.com": ["job_1.1"]}
+    for _, (queue,) in list(handed):
+        assert relay.relay_all(queue, wake) == 1
+    assert len(handed) == 2
+    assert relay.relay_all("job_1", wake) == 0
