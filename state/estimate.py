@@ -12,7 +12,7 @@ from datetime import timedelta
 
 from gpu_agent import needs
 from gpu_agent.recipe import Recipe
-from state import money, policy
+from state import money, policy, ranking
 from state.events import HostRecord
 from state.job import GpuNeeds, JobRequest, Reason
 from state.money import dollars
@@ -122,7 +122,7 @@ def estimate(
         fit=len(choice.ranked),
         refused={**choice.refused, **(refused or {})},
         nothing="" if shown else nothing or choice.explain(),
-        cap=_cap(request, shown, price, rules),
+        cap=_cap(request, work, shown, price, rules),
         memory=memory(request),
         brakes=tuple(brakes),
         assumed=guessed,
@@ -178,13 +178,18 @@ def _seconds(shown: Sequence[Candidate], request: JobRequest) -> Range:
 
 
 def _cap(
-    request: JobRequest, shown: Sequence[Candidate], price: Range | None, rules: Policy
+    request: JobRequest,
+    work: Workload,
+    shown: Sequence[Candidate],
+    price: Range | None,
+    rules: Policy,
 ) -> Cap:
     cap = request.max_cost
     if not shown or price is None:
         return Cap(amount=cap, suffices=True, words="nobody knows without an offer")
     first = shown[0]
-    pays = money.span(first.offer.price, 0, cap, (), timedelta(0), rules)
+    moved = ranking.bandwidth(first.offer, work)
+    pays = money.span(first.offer.price, moved, cap, (), timedelta(0), rules)
     if pays < money.LEAST_SPAN:
         words = f"{dollars(cap)} pay a {first.offer.gpu_name} for {policy.words(pays)}: too little"
         return Cap(amount=cap, suffices=False, words=f"{words} to rent it at all")

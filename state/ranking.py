@@ -99,6 +99,17 @@ def workload(request: JobRequest, dataset_bytes: int) -> Workload:
     )
 
 
+def traffic(work: Workload) -> tuple[int, int]:
+    """Bytes that a machine is expected to receive, and to send."""
+    return work.image_bytes + work.base_bytes + work.dataset_bytes, work.output_bytes
+
+
+def bandwidth(offer: Offer, work: Workload) -> int:
+    """Micro-USD that those bytes cost on `offer`."""
+    received, sent = traffic(work)
+    return round((received * offer.download_price + sent * offer.upload_price) / 1e9)
+
+
 #: A bid is lost so often per hour. A guess: a public test of five runs lost four, each in hours.
 INTERRUPTIONS_PER_HOUR = 0.3
 #: Never less than this chance, or the expected number of tries has no end.
@@ -187,15 +198,15 @@ def expect(
     reliability and their record with us) and, for a bid, by higher ones.
     """
     host = known.hosts.get(offer.machine_id)
-    incoming = work.image_bytes + work.base_bytes + work.dataset_bytes
+    incoming, _ = traffic(work)
     boot, download_s = boot_s(work, host), incoming * 8 / (known.download_mbps(offer) * 1e6)
     speed = known.speed(offer)
     training_s = work.training_s * work.slowness(offer.vram_gb) / speed
     hours = (boot + download_s + training_s) / 3600
-    traffic = incoming / 1e9 * offer.download_price
-    once = hours * offer.price + traffic + work.output_bytes / 1e9 * offer.upload_price
+    pulled = incoming / 1e9 * offer.download_price
+    once = hours * offer.price + pulled + work.output_bytes / 1e9 * offer.upload_price
     again_s = boot + download_s + min(work.checkpoint_s, training_s)
-    again = again_s / 3600 * offer.price + traffic
+    again = again_s / 3600 * offer.price + pulled
     chance = max(LEAST_CHANCE, offer.reliability * memory.standing(host, now).chance)
     lost = (1 - chance) / chance + (INTERRUPTIONS_PER_HOUR * hours if offer.bid else 0.0)
     return Expectation(

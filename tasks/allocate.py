@@ -245,7 +245,7 @@ class Renter:
         now: datetime,
     ) -> timedelta:
         """How long the job can pay for `offer`."""
-        moved = search.bandwidth(offer, work)
+        moved = ranking.bandwidth(offer, work)
         remaining, race = money.left(job, closed, leases, now), _race(job, now)
         price = round(offer.price * self.terms.pace)
         return money.span(price, moved, remaining, _racing(leases), race, self.rules)

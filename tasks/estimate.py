@@ -193,7 +193,7 @@ class Estimator:
         if not choice.ranked:
             return
         offer, _ = choice.ranked[0]
-        moved = search.bandwidth(offer, work)
+        moved = ranking.bandwidth(offer, work)
         span = money.span(offer.price, moved, request.max_cost, (), timedelta(0), self._rules)
         names = {"id": "estimate", "job": "estimate", "attempt": 1, "label": "estimate"}
         lease = search.lease(offer, request, work, now=now, span=span, **names)

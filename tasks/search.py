@@ -51,17 +51,6 @@ def offers(
     return found
 
 
-def traffic(work: Workload) -> tuple[int, int]:
-    """Bytes that a machine is expected to receive, and to send."""
-    return work.image_bytes + work.base_bytes + work.dataset_bytes, work.output_bytes
-
-
-def bandwidth(offer: Offer, work: Workload) -> int:
-    """Micro-USD that those bytes cost on `offer`."""
-    received, sent = traffic(work)
-    return round((received * offer.download_price + sent * offer.upload_price) / 1e9)
-
-
 def lease(
     offer: Offer,
     request: JobRequest,
@@ -73,7 +62,7 @@ def lease(
 ) -> Lease:
     """The lease that renting `offer` for `span` is, with what it may cost in all set aside.
     `known` is the rest of its fields: id, job, attempt, label …"""
-    received, sent = traffic(work)
+    received, sent = ranking.traffic(work)
     fields: Mapping[str, Any] = {
         "created_at": now,
         "expires_at": now + span,

@@ -13,6 +13,7 @@ import requests
 from flask import Flask
 from flask.testing import FlaskClient
 
+from infra.models import BaseError, BaseResolver
 from infra.sandbox.civitai import URL_LIFE_S, Shelf, civitai_blueprint
 from infra.sandbox.server import running_sandbox
 
@@ -120,3 +121,12 @@ def test_an_index_cannot_point_out_of_its_directory(tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("x")
     (inside / "index.json").write_text(json.dumps({"1": "../secret"}))
     assert Shelf(inside).file(1) is None
+
+
+def test_a_pasted_link_to_a_model_leads_to_its_newest_version(url: str) -> None:
+    resolver = BaseResolver(None, civitai_url=url, huggingface_url="https://huggingface.co")
+    found = resolver.look_up(f"{url}/models/12871/tiny")
+    assert (found.base, found.name, found.family) == ("civitai:128713", "tiny", "sd1")
+    assert (found.bytes, found.fault) == (len(CONTENT), "")
+    with pytest.raises(BaseError, match="does not exist"):
+        resolver.look_up(f"{url}/models/4")
