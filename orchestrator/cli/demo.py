@@ -7,6 +7,7 @@ Vast sandbox, whose rented machines are local processes; the real agent and a re
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import webbrowser
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,6 +28,7 @@ from gpu_agent import wire
 from gpu_agent.recipe import DIFFUSION, FAMILIES
 from infra.settings import Settings
 from infra.wiring import Services
+from orchestrator.api.auth import hash_of
 from orchestrator.cli.client import Client
 from orchestrator.cli.console import CliError, Exit, err, out, print_json
 from orchestrator.cli.follow import durations, follow
@@ -33,6 +36,7 @@ from orchestrator.cli.jobs import check_family, fetch_results, photo_files, uplo
 from orchestrator.cli.processes import check_free
 from orchestrator.cli.receiver import Receiver
 from orchestrator.cli.stage import Stage
+from orchestrator.dashboard import tickets
 from state import money
 
 #: For a model of a few million parameters and a handful of photographs, on two cores.
@@ -75,6 +79,9 @@ def demo(
         "stoker-demo"
     ),
     once: Annotated[bool, typer.Option("--once", help="End when the job has ended.")] = False,
+    no_browser: Annotated[
+        bool, typer.Option("--no-browser", help="Print the pages' address, and open nothing.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
 ) -> None:
     """Train on photographs with everything on this machine; nothing is spent.
@@ -96,11 +103,13 @@ def demo(
         with _ending(stage):
             client, services = stage.start(stack)
             ready = time.monotonic() - began
-            report = _job(stage, client, services, files_dir, base, steps, output.absolute())
+            opening = sys.stdin.isatty() and err.is_terminal and not (once or no_browser or as_json)
+            visit = functools.partial(_visit, stage, services, opening=opening)
+            report = _job(stage, client, services, files_dir, base, steps, output.absolute(), visit)
             report["seconds"] = {"set_up": round(ready, 1), **report["seconds"]}
             if not once:
                 _tell(report)
-                _stay(show)
+                _stay(stage)
     report["processes_left"] = stage.left()
     report["files_left"] = [str(path) for path in (root,) if path.exists()]
     faults = judge(report)
@@ -187,8 +196,9 @@ def _job(
     base: str,
     steps: int | None,
     output: Path,
+    visit: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Do what a backend would do, and check what it got."""
+    """Do what a backend would do, and check what it got. `visit` hears of the job's page."""
     secret = wire.new_secret()
     recipe: dict[str, Any] = {} if base else {**TINY_RECIPE, **TINY_CHANGES.get(stage.family, {})}
     if steps:
@@ -206,6 +216,7 @@ def _job(
             },
         )
         stage.show.print(f"job {job['id']}", markup=False)
+        visit(f"/jobs/{job['id']}")
         path = f"/v1/jobs/{job['id']}"
         ended = follow(lambda: client.get(path), stage.show)
         _until(lambda: receiver.has(f"job.{ended['status']}"))
@@ -338,7 +349,26 @@ def _tell(report: Mapping[str, Any]) -> None:
     out.print("  stoker train --help             what a real training takes", markup=False)
 
 
-def _stay(show: Console) -> None:
-    show.print("\nthe API is still up; Ctrl-C ends everything", markup=False)
+def _visit(stage: Stage, have: Services, where: str, *, opening: bool) -> None:
+    """Say where the job can be watched in a browser; open one where there is a screen."""
+    path = tickets.issue(have.settings.secret_keys, hash_of(stage.key), where)
+    stage.show.print("watch it in a browser (the link logs in once, within two minutes):")
+    stage.show.print(f"  {stage.url}{path}", markup=False, soft_wrap=True)
+    if opening and has_screen(os.environ, sys.platform):
+        # on a thread: some browsers keep whoever called them waiting
+        run = threading.Thread(target=webbrowser.open, args=(stage.url + path,), daemon=True)
+        run.start()
+
+
+def has_screen(env: Mapping[str, str], platform: str) -> bool:
+    """Whether a browser would be a window; one of text would take this terminal."""
+    return platform in ("darwin", "win32") or bool(env.get("DISPLAY") or env.get("WAYLAND_DISPLAY"))
+
+
+def _stay(stage: Stage) -> None:
+    show = stage.show
+    show.print(f"\nthe pages and the API are still up at {stage.url}", markup=False)
+    show.print(f"  log in with {stage.key}", markup=False, soft_wrap=True)
+    show.print("  it ends with everything else, at Ctrl-C", markup=False)
     with contextlib.suppress(KeyboardInterrupt):
         threading.Event().wait()

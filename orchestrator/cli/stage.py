@@ -45,6 +45,7 @@ class Stage:
         port: of the API.
         own_base: base models come from the real Civitai; else from a sandbox with a tiny one.
         family: of the tiny base.
+        key: an operator's, once everything runs.
     """
 
     root: Path
@@ -53,6 +54,7 @@ class Stage:
     own_base: bool = False
     family: str = "sd1"
     servers: embedded.Running | None = None
+    key: str = field(default="", repr=False)
     _ours: frozenset[int] = field(default=frozenset(), repr=False)
 
     @property
@@ -94,9 +96,9 @@ class Stage:
                 key = TINY_FOLDER + path.relative_to(self.tiny).as_posix()
                 services.storage.put_file(key, path)
         scopes = frozenset({"jobs:read", "jobs:write", "operator"})
-        key = make_key(services, owner="demo", name="demo", scopes=scopes)
+        self.key = make_key(services, owner="demo", name="demo", scopes=scopes)
         self._until_ready(settings)
-        return Client(self.url, key), services
+        return Client(self.url, self.key), services
 
     def left(self) -> list[int]:
         """Processes that were ours when the end began, and run still."""

@@ -167,7 +167,7 @@ def install(pages: Blueprint, deps: Deps, csrf: CSRFProtect) -> None:
             fault = "This link was used already, or is older than two minutes. Log in with a key."
             return render_template("login.html", fault=fault, next="/"), 401
         _begin(key_hash)
-        return redirect("/")
+        return redirect(inside(request.args.get("next")))
 
     @pages.post("/logout")
     def logout() -> AnyResponse:

@@ -11,6 +11,7 @@ import hmac
 import secrets
 from collections.abc import Sequence
 from datetime import UTC
+from urllib.parse import quote
 
 from itsdangerous import BadData, URLSafeTimedSerializer
 
@@ -23,10 +24,10 @@ GOOD_S = 120
 _OWNER = "\N{SECTION SIGN}login"
 
 
-def issue(keys: Sequence[Secret], key_hash: str) -> str:
-    """The path that logs in with the API key of that hash."""
+def issue(keys: Sequence[Secret], key_hash: str, where: str = "/") -> str:
+    """The path that logs in with the API key of that hash, and leads to `where`."""
     ticket = _signer(keys[:1]).dumps([key_hash, secrets.token_hex(16)])
-    return f"/login?ticket={ticket!s}"
+    return f"/login?next={quote(where)}&ticket={ticket!s}"
 
 
 def redeem(deps: Deps, ticket: str) -> str | None:
