@@ -220,6 +220,12 @@ def events_of_job(*, one_type: bool) -> Sql:
 
 
 @cache
+def leases_of_jobs() -> Sql:
+    wanted = listing(codecs.LEASES, "created_at", "id")
+    return _sql(wanted.where(_one_of(leases.c.job, "ids")))
+
+
+@cache
 def transitions_of_jobs() -> Sql:
     wanted = (_one_of(events.c.job, "ids"), events.c.type == literal_column("'transition'"))
     statement = select(*codecs.EVENTS.columns).where(*wanted)
@@ -369,10 +375,6 @@ def job_counts() -> Select[Any]:
 def open_leases(*, rehearsed: bool = False) -> Select[Any]:
     whose = ~_IS_REAL if rehearsed else _IS_REAL
     return listing(codecs.LEASES, "created_at", "id").where(_IS_OPEN, whose)
-
-
-def leases_of_jobs(ids: Collection[str]) -> Select[Any]:
-    return listing(codecs.LEASES, "created_at", "id").where(leases.c.job.in_(list(ids)))
 
 
 def leases_since(when: datetime) -> Select[Any]:

@@ -422,7 +422,8 @@ class SqlTransaction:
 
     def leases_of_jobs(self, ids: Collection[str]) -> dict[str, list[Lease]]:
         found: dict[str, list[Lease]] = {job_id: [] for job_id in ids}
-        for lease in self._values(codecs.LEASES, statements.leases_of_jobs(found)):
+        for row in self._read(statements.leases_of_jobs(), {"ids": list(found)}):
+            lease = codecs.LEASES.value(row)
             found[lease.job].append(lease)
         return found
 

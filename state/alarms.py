@@ -85,11 +85,14 @@ def standing(
     now: datetime,
     *,
     kill_switch: bool = False,
+    opened: Sequence[Lease] | None = None,
     rules: Policy = policy.DEFAULT,
 ) -> list[Alarm]:
-    """All alarms that stand at `now`, the critical ones first."""
+    """All alarms that stand at `now`, the critical ones first. `opened` are the open leases, of
+    whoever has read them already."""
     book = brakes.read(tx, limits, now, rules)
-    opened, owed = tx.open_leases(), tx.webhook_backlog(now - GIVEN_UP)
+    opened = tx.open_leases() if opened is None else opened
+    owed = tx.webhook_backlog(now - GIVEN_UP)
     return raised(book, opened, tx.hosts(), limits, now, kill_switch=kill_switch, owed=owed)
 
 

@@ -194,7 +194,9 @@ def look(tx: Transaction, view: View, deps: Deps) -> Look:
         job.id: row(job, leases[job.id], transitions[job.id], expected, now)
         for job in shown.values()
     }
-    stand = alarms.standing(tx, settings.limits, now, kill_switch=settings.kill_switch)
+    stand = alarms.standing(
+        tx, settings.limits, now, kill_switch=settings.kill_switch, opened=opened
+    )
     return Look(
         view=view,
         alarms=tuple(stand),
