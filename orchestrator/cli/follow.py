@@ -86,10 +86,16 @@ def _path(job: Mapping[str, Any]) -> Text:
             mark = "✔"
         style = "bold green" if lit else ("green" if name in reached else "dim")
         took = f" {spans[name]:.0f}s" if spans.get(name, 0) >= 0.5 and name != "completed" else ""
-        text.append(f"{mark} {name}{took}  ", style=style)
+        text.append(_whole(f"{mark} {name}{took}"), style=style)
+        text.append("  ")
     if status not in PATH:
-        text.append(f"{GLYPHS.get(status, '●')} {status}", style="bold red")
+        text.append(_whole(f"{GLYPHS.get(status, '●')} {status}"), style="bold red")
     return text
+
+
+def _whole(words: str) -> str:
+    """`words` that stay on one line of a narrow terminal."""
+    return words.replace(" ", "\N{NO-BREAK SPACE}")
 
 
 def durations(job: Mapping[str, Any]) -> dict[str, float]:
