@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from typing import Any
 
+from rich.columns import Columns
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -74,9 +75,10 @@ def picture(job: Mapping[str, Any]) -> Group:
     return Group(*lines)
 
 
-def _path(job: Mapping[str, Any]) -> Text:
+def _path(job: Mapping[str, Any]) -> Columns:
+    """The states in order, each whole, on as many lines as it takes."""
     spans = durations(job)
-    text = Text()
+    states = []
     status = job["status"]
     reached = {step["target"] for step in job["transitions"]} | {"pending"}
     for name in PATH:
@@ -86,16 +88,10 @@ def _path(job: Mapping[str, Any]) -> Text:
             mark = "✔"
         style = "bold green" if lit else ("green" if name in reached else "dim")
         took = f" {spans[name]:.0f}s" if spans.get(name, 0) >= 0.5 and name != "completed" else ""
-        text.append(_whole(f"{mark} {name}{took}"), style=style)
-        text.append("  ")
+        states.append(Text(f"{mark} {name}{took}", style=style, no_wrap=True))
     if status not in PATH:
-        text.append(_whole(f"{GLYPHS.get(status, '●')} {status}"), style="bold red")
-    return text
-
-
-def _whole(words: str) -> str:
-    """`words` that stay on one line of a narrow terminal."""
-    return words.replace(" ", "\N{NO-BREAK SPACE}")
+        states.append(Text(f"{GLYPHS.get(status, '●')} {status}", style="bold red", no_wrap=True))
+    return Columns(states, padding=(0, 2))
 
 
 def durations(job: Mapping[str, Any]) -> dict[str, float]:
