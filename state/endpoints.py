@@ -123,7 +123,7 @@ def sample(kind: str, endpoint: Endpoint, seq: int, timestamp: str) -> dict[str,
         "livemode": False,
         "metadata": {"sample": "true"},
     }
-    return {**envelope, "data": {**shown, **_SAMPLES[kind], "endpoint": endpoint.id}}
+    return {**envelope, "data": {**shown, **_SAMPLES[kind]}}
 
 
 def _step(source: str, target: str, cause: str, **more: Any) -> dict[str, Any]:

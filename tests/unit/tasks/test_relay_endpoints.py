@@ -11,7 +11,8 @@ from standardwebhooks.webhooks import Webhook
 
 from gpu_agent import wire
 from gpu_agent.wire import Fact
-from state.endpoints import LISTEN, Endpoint
+from state import record
+from state.endpoints import LISTEN, TYPES, Endpoint, sample
 from state.events import OutgoingStatus, Secret
 from tasks.reconcile import reconcile
 from tasks.relay import GONE, SCHEDULE_S, Answer, EndpointRefused, NoAnswer, Relay
@@ -217,3 +218,41 @@ def test_a_message_for_a_job_sends_one_queue_and_hands_on_the_others(
         assert relay.relay_all(queue, wake) == 1
     assert len(handed) == 2
     assert relay.relay_all("job_1", wake) == 0
+
+
+def test_samples_say_what_a_real_life_says(world: Any) -> None:
+    """The documentation shows samples, and developers build on them."""
+    place = add(world, "all")
+    world.add_job()
+    world.tick()
+    for fact in (Fact.GPU_READY, Fact.IMAGES_READY, Fact.MODEL_READY, Fact.FILES_POSITIONED):
+        world.report(fact)
+    world.report(Fact.TRAINING_STARTED)
+    world.report(Fact.TRAINING_PROGRESS, {"step": 30, "total": 100, "loss": 0.1})
+    world.report(Fact.TRAINING_SAMPLE, {"step": 30, "name": "sample-30-0.png"})
+    world.report(Fact.ERROR, {"code": "training.oom", "message": "out of memory"})
+    with world.store.transaction() as tx:
+        record.retry(tx, "job_1", world.clock())
+        record.cancel(tx, "job_1", world.clock())
+    for retryable, job in ((False, "job_2"), (True, "job_3")):
+        world.add_job(job)
+        world.tick()
+        if not retryable:
+            world.report(Fact.ERROR, {"code": "x", "message": "y", "retryable": False}, job=job)
+            continue
+        for fact in (Fact.GPU_READY, Fact.IMAGES_READY, Fact.MODEL_READY, Fact.FILES_POSITIONED):
+            world.report(fact, job=job)
+        world.report(Fact.TRAINING_COMPLETED, job=job)
+        world.report(Fact.WEIGHTS_UPLOADED, {"files": []}, job=job)
+        with world.store.transaction() as tx:
+            record.verified(tx, job, 1, world.clock())
+    told: dict[str, dict[str, Any]] = {}
+    with world.store.transaction() as tx:
+        for job in ("job_1", "job_2", "job_3"):
+            told |= {row.type: dict(row.payload["data"]) for row in tx.list_outgoing(job)}
+    assert {*told, "webhook.test"} == set(TYPES)
+    for kind, real in told.items():
+        shown = sample(kind, place, 7, "2026-01-01T00:00:00.000Z")["data"]
+        assert set(shown) == set(real), kind
+        said = ("status", "to", "cause")
+        assert [shown.get(key) for key in said] == [real.get(key) for key in said], kind
