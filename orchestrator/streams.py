@@ -272,6 +272,11 @@ class Hub:
     def open_streams(self) -> int:
         return len(self._feeds)
 
+    @property
+    def reading(self) -> bool:
+        """Whether anybody is followed on the loop."""
+        return self._watching is not None
+
     # --- on the hub's thread
 
     def look(
