@@ -18,7 +18,7 @@ from state.errors import StokerError
 
 #: Modules with a `register(app)`, in the order of `stoker --help`.
 MODULES = (
-    "demo", "jobs", "views", "hosts", "money", "webhooks", "servers", "doctor", "sandbox",
+    "demo", "jobs", "views", "look", "hosts", "money", "webhooks", "servers", "doctor", "sandbox",
     "bench", "sim", "docs",
 )  # fmt: skip
 #: Commands that ask a server and nothing else: their module is loaded alone, in a third of the
@@ -26,6 +26,7 @@ MODULES = (
 ALONE = {
     **dict.fromkeys(("train", "get", "cancel", "retry"), "jobs"),
     **dict.fromkeys(("ps", "show", "logs"), "views"),
+    **dict.fromkeys(("explain", "wait"), "look"),
     "hosts": "hosts",
     **dict.fromkeys(("webhooks", "deliveries", "events", "trigger", "listen"), "webhooks"),
     **dict.fromkeys(("cost", "offers", "instances"), "money"),

@@ -30,6 +30,8 @@ _NEXT = {
     409: "`stoker show JOB` says where it stands",
     422: "correct it and try again",
 }
+_EXPLANATION = frozenset({"job", "status", "headline", "sentences", "signals", "options"})
+_ESTIMATE = frozenset({"price", "time", "candidates", "cap", "brakes", "offers_refused"})
 #: What every job has; an answer without is none of Stoker's.
 _JOB = frozenset({"id", "status", "attempt", "progress", "cost"})
 _HOST = frozenset({"machine_id", "gpu", "geo", "good", "bad", "lies", "blocked", "shunned"})
@@ -183,6 +185,27 @@ class Client:
     def job(self, job_id: str) -> dict[str, Any]:
         """One job, whole."""
         return self._shaped(self.get(job_path(job_id)), _JOB | {"transitions", "result_files"})
+
+    def poll(
+        self, job_id: str, *, wait_s: int = 0, etag: str = ""
+    ) -> tuple[dict[str, Any] | None, str]:
+        """One job and its ETag, at once or when it changes; None where it is what `etag` was of
+        for so many seconds."""
+        headers = {"If-None-Match": etag} if etag else {}
+        query = {"wait": wait_s} if wait_s else {}
+        answer = self.call("GET", job_path(job_id), params=query, headers=headers)
+        if answer.status_code == 304:
+            return None, etag
+        whole = self._shaped(self._document(answer), _JOB | {"transitions", "result_files"})
+        return whole, answer.headers.get("ETag", "")
+
+    def explanation(self, job_id: str) -> dict[str, Any]:
+        """Why a job stands where it stands."""
+        return self._shaped(self.get(f"{job_path(job_id)}/explain"), _EXPLANATION)
+
+    def estimate(self, order: Mapping[str, Any]) -> dict[str, Any]:
+        """What an order would cost; nothing is ordered."""
+        return self._shaped(self.post("/v1/jobs/estimate", order), _ESTIMATE)
 
     def _document(self, answer: requests.Response) -> dict[str, Any]:
         try:

@@ -27,6 +27,7 @@ from orchestrator.cli.console import (
     size_words,
 )
 from orchestrator.cli.follow import ENDED, detaching, follow
+from orchestrator.cli.quote import estimate
 from state.rehearsal import FIXTURES
 
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
@@ -91,8 +92,9 @@ def train(
     Example: stoker train ./photos --base civitai:128713 --trigger ohwx --max-cost 2
 
     JSON: the job, as `GET /v1/jobs/{id}` answers, once it has ended; with --detach as it was
-    made, with its `webhook_secret`. With --dry-run {photographs, job}: a list of paths, and what
-    would be sent to `POST /v1/jobs`.
+    made, with its `webhook_secret`. With --dry-run {photographs, job, estimate}: a list of
+    paths, what would be sent to `POST /v1/jobs`, and what `POST /v1/jobs/estimate` answers to it,
+    null where no server can be asked.
     """
     said = {"quality": quality, "steps": steps, "trigger": trigger or None}
     wanted = _recipe(recipe, said, family)
@@ -111,11 +113,17 @@ def train(
     if test := _rehearsal(fixture, time_scale):
         body["test"] = test
     _show_plan(files, body)
+    asks = not yes and "test" not in body
+    # without a terminal to confirm at, nobody would see it
+    if dry_run or (asks and sys.stdin.isatty()):
+        images = sum(map(_is_photograph, files))
+        found = estimate(body, images=images, size=sum(path.stat().st_size for path in files))
     if dry_run:
         if as_json:
-            print_json({"photographs": [str(path) for path in files], "job": body})
+            photographs = [str(path) for path in files]
+            print_json({"photographs": photographs, "job": body, "estimate": found})
         return
-    if not yes and "test" not in body:
+    if asks:
         _confirm(max_cost)
     client = Client.here()
     dataset = upload_dataset(client, photos, files)
@@ -270,20 +278,24 @@ def finish(client: Client, job_id: str, *, as_json: bool) -> None:
     if as_json:
         print_json(job)
     if job["status"] != "completed":
-        reason = job.get("reason") or {}
-        code = Exit.JOB_ENDED_BADLY
-        if str(reason.get("code", "")).startswith("budget."):
-            code = Exit.OVER_BUDGET
+        error = bad_end(job)
         if as_json:  # the document says it all, and there is to be one alone
-            raise typer.Exit(int(code))
-        raise CliError(
-            f"job {job_id} {job['status']}",
-            f"{reason.get('code', '')}: {reason.get('message', '')}".strip(": "),
-            f"`stoker logs {job_id}`",
-            code,
-        )
+            raise typer.Exit(int(error.code))
+        raise error
     if not as_json:
         err.print(f"completed; `stoker get {job_id}` downloads the weights", markup=False)
+
+
+def bad_end(job: Mapping[str, Any]) -> CliError:
+    """What to tell of a job that ended, and not as it should."""
+    reason = job.get("reason") or {}
+    over_budget = str(reason.get("code", "")).startswith("budget.")
+    return CliError(
+        f"job {job['id']} {job['status']}",
+        f"{reason.get('code', '')}: {reason.get('message', '')}".strip(": "),
+        f"`stoker logs {job['id']}`",
+        Exit.OVER_BUDGET if over_budget else Exit.JOB_ENDED_BADLY,
+    )
 
 
 def get(
