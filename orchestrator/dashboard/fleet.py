@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
@@ -83,6 +84,23 @@ class View:
         return urlencode(pairs)
 
 
+class Gravity(enum.IntEnum):
+    """How soon somebody should look."""
+
+    #: Money burns for nothing.
+    BURNS = 0
+    #: It may go wrong.
+    DOUBTFUL = 1
+    #: It mends itself, or ends.
+    MENDS = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    gravity: Gravity
+    words: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class Cost:
     """Micro-USD. `so_far` was counted at `at`, and grows by `rate` per hour."""
@@ -128,7 +146,7 @@ class Row:
     reason: Reason | None
     retry_at: datetime | None
     #: why somebody should look, the gravest first
-    problems: tuple[str, ...]
+    problems: tuple[Problem, ...]
     now: datetime = field(compare=False)
 
     @property
@@ -187,7 +205,7 @@ def look(tx: Transaction, view: View, deps: Deps) -> Look:
     if view.problems:
         listed = _troubled_of(view, listed, troubled, now)
         listed, older = listed[:ROWS], ""
-    urgent = sorted(troubled, key=lambda pair: _gravity(pair[1]))
+    urgent = sorted(troubled, key=lambda pair: pair[1][0].gravity)
     shown = {job.id: job for job in (*listed, *(job for job, _ in urgent[:URGENT]))}
     transitions = tx.transitions_of(shown)
     rows = {
@@ -230,7 +248,7 @@ def _listed(
 def _troubled_of(
     view: View,
     listed: Sequence[Job],
-    troubled: Iterable[tuple[Job, tuple[str, ...]]],
+    troubled: Iterable[tuple[Job, tuple[Problem, ...]]],
     now: datetime,
 ) -> list[Job]:
     """Those of a view's jobs that are problems; also jobs that ended and still have a machine."""
@@ -252,32 +270,31 @@ def _troubled_of(
 
 def problems(
     job: Job, leases: Sequence[Lease], expected: Mapping[Status, Usual], now: datetime
-) -> tuple[str, ...]:
-    """Why somebody should look at `job`, in words; the gravest first."""
-    found: list[str] = []
+) -> tuple[Problem, ...]:
+    """Why somebody should look at `job`; the gravest first."""
+    found: list[Problem] = []
+
+    def say(gravity: Gravity, words: str) -> None:
+        found.append(Problem(gravity=gravity, words=words))
+
     kept = [lease for lease in leases if lease.open]
     if job.terminal and any(lease.status is not LeaseStatus.RELEASING for lease in kept):
-        found.append(f"is {job.status}, and still has a machine")
+        say(Gravity.BURNS, f"is {job.status}, and still has a machine")
     slow = [lease for lease in kept if lease.status is LeaseStatus.RELEASING]
     if any(now - (lease.releasing_at or lease.created_at) >= alarms.RELEASE for lease in slow):
-        found.append("its machine was to be destroyed, and may still bill")
+        say(Gravity.BURNS, "its machine was to be destroyed, and may still bill")
     cost = cost_of(job, leases, now)
     if cost.share >= NEAR_CAP and not job.terminal:
         word = "has spent" if cost.share >= 1 else "has nearly spent"
-        found.append(f"{word} its cap of {money.dollars(cost.cap)}")
-    if job.status is Status.STALLED:
-        found.append("stalled")
+        say(Gravity.BURNS, f"{word} its cap of {money.dollars(cost.cap)}")
     silent_at = policy.silent_from(job)
     if silent_at is not None and now >= silent_at and job.last_heard_at is not None:
-        found.append(f"its agent was last heard at {job.last_heard_at:%H:%M:%S} UTC")
+        say(Gravity.DOUBTFUL, f"its agent was last heard at {job.last_heard_at:%H:%M:%S} UTC")
     if timeline.late(now - job.entered_at, expected.get(job.status)) and not job.terminal:
-        found.append(f"{job.status} for much longer than usual")
+        say(Gravity.DOUBTFUL, f"{job.status} for much longer than usual")
+    if job.status is Status.STALLED:
+        say(Gravity.MENDS, "stalled")
     return tuple(found)
-
-
-def _gravity(found: tuple[str, ...]) -> int:
-    """Money that burns for nothing first, and then what mends itself."""
-    return 1 if found == ("stalled",) else 0
 
 
 def cost_of(job: Job, leases: Sequence[Lease], now: datetime) -> Cost:
