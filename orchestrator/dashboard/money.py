@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 from flask import Blueprint, flash, redirect, render_template, request, url_for
 from pydantic import ValidationError
@@ -96,6 +97,18 @@ def _round_up(amount: int) -> int:
 def register(pages: Blueprint, deps: Deps) -> None:
     """Put the page's views into `pages`."""
 
+    def present_state() -> dict[str, Any]:
+        """What is so now, for the part of the page that is asked for again and again."""
+        settings, now = deps.settings, deps.clock()
+        with deps.store.transaction() as tx:
+            stand = alarms.standing(tx, settings.limits, now, kill_switch=settings.kill_switch)
+        return {
+            "account": account.standing(deps),
+            "instances": instances.standing(deps),
+            "alarms": stand,
+            "now": now,
+        }
+
     def show(*, looked: sweeps.Sweep | None = None) -> str:
         days, group_by = _view(request.args)
         since = deps.clock() - timedelta(days=days - 1)
@@ -106,16 +119,11 @@ def register(pages: Blueprint, deps: Deps) -> None:
             if group_by is GroupBy.DAY
             else spend.spent(deps, SpendQuery(since=since, group_by=group_by, limit=50))
         )
-        settings = deps.settings
-        with deps.store.transaction() as tx:
-            now = deps.clock()
-            stand = alarms.standing(tx, settings.limits, now, kill_switch=settings.kill_switch)
         chart, top = bars(by_day.data)
         known = hosts.remembered(deps)
         return render_template(
             "money.html",
-            account=account.standing(deps),
-            instances=instances.standing(deps),
+            **present_state(),
             spend=by_day,
             grouped=grouped,
             group_by=group_by.value,
@@ -125,19 +133,20 @@ def register(pages: Blueprint, deps: Deps) -> None:
             parts_of_money=PARTS,
             chart=chart,
             top=top,
-            alarms=stand,
-            kill_switch=settings.kill_switch,
             hosts=known[:HOSTS],
             hosts_total=len(known),
             market={},
             asked=False,
             looked=looked,
-            now=now,
         )
 
     @pages.get("/money")
     def money() -> str:
         return show()
+
+    @pages.get("/money/now", endpoint="money_now")
+    def at_present() -> str:
+        return render_template("money_now.html", **present_state())
 
     @pages.get("/money/hosts", endpoint="money_hosts")
     def beside_the_market() -> str:

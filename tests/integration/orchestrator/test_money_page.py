@@ -162,3 +162,10 @@ def test_a_bar_is_as_high_as_its_money_and_the_axis_is_round() -> None:
     assert (training.height, boot.height) == (60.0, 20.0)
     assert (training.y, boot.y) == (40.0, 20.0)
     assert bars([SpendRow.of("2026-11-01", Split())])[1] == 0
+
+
+def test_the_part_that_is_asked_for_again_and_again_is_a_part(edge: Any, browser: Any) -> None:
+    edge.rent(edge.job())
+    part = browser.get("/money/now", headers={"HX-Request": "true"}).text
+    assert "RTX 4090" in part
+    assert "<html" not in part
