@@ -7,6 +7,7 @@ from http import HTTPStatus
 from typing import Any
 
 from flask import Response, g, request
+from flask.json.provider import DefaultJSONProvider
 from flask_openapi.models.info import Info
 from flask_openapi.models.security_scheme import SecurityScheme
 from flask_openapi.models.server import Server
@@ -77,7 +78,7 @@ def create_app(deps: Deps) -> OpenAPI:
     )
     app.openapi_version = "3.1.0"  # the default, 3.2.0, is refused by client generators
     app.config["MAX_CONTENT_LENGTH"] = MAX_BODY
-    app.json.sort_keys = False  # type: ignore[attr-defined]  # Flask's default provider has it
+    app.json = _Json(app)
     metrics, waker = Metrics(deps.metrics_dir), Waker(deps.wake)
     auth, estimates = AttemptAuth(deps.store, deps.clock), Estimates(deps)
     problems.install(app)
@@ -99,6 +100,20 @@ def create_app(deps: Deps) -> OpenAPI:
     receiver = Receiver(auth, ReportTaker(deps.store, deps.clock, waker, metrics), metrics)
     app.wsgi_app = WsgiReceiver(app.wsgi_app, receiver)  # type: ignore[method-assign]
     return app
+
+
+class _Json(DefaultJSONProvider):
+    """JSON as JSON Schema understands it: 300.0 is an integer. Keys keep their order."""
+
+    sort_keys = False
+
+    def loads(self, s: str | bytes, **options: Any) -> Any:
+        return super().loads(s, parse_float=_number, **options)
+
+
+def _number(text: str) -> int | float:
+    number = float(text)
+    return int(number) if number.is_integer() and abs(number) < 2**53 else number
 
 
 def spec_of(app: OpenAPI) -> dict[str, Any]:

@@ -49,7 +49,11 @@ class DeliveriesQuery(BaseModel):
     )
     status: OutgoingStatus | None = None
     limit: Annotated[int, Field(ge=1, le=100)] = 50
-    cursor: str | None = Field(default=None, description="`next_cursor` of the page before")
+    cursor: str | None = Field(
+        default=None,
+        pattern=f"^{_CURSOR.pattern}$",
+        description="`next_cursor` of the page before",
+    )
 
 
 class DeliveryPath(BaseModel):

@@ -260,7 +260,11 @@ class JobsQuery(BaseModel):
 
     status: list[Status] | None = None
     limit: Annotated[int, Field(ge=1, le=100)] = 50
-    cursor: str | None = Field(default=None, description="`next_cursor` of the page before")
+    cursor: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z0-9_-]{1,64}$",
+        description="`next_cursor` of the page before",
+    )
 
     @model_validator(mode="after")
     def _only_metadata_besides(self) -> Self:
@@ -328,11 +332,18 @@ class LeaseCost(Out):
 
 
 class Cost(Out):
+    # what was added later has a default: answers that are kept for a key lack it
+    quoted: MicroUsd | None = Field(
+        default=None,
+        description="what the whole job was expected to cost when its machine was rented",
+    )
+    quoted_display: str | None = None
     quoted_per_hour: MicroUsd | None = Field(description="of the present machine")
     so_far: MicroUsd
     cap: MicroUsd
     currency: Literal["USD"] = "USD"
     display: str = Field(description="so_far, for people")
+    cap_display: str = ""
     machines: list[LeaseCost] = Field(description="the receipt, machine by machine")
 
 
@@ -373,7 +384,10 @@ class JobSummary(Out):
     entered_at: datetime = Field(description="when the present status began")
     deadline_at: datetime | None = Field(description="when the present status must be left")
     moved_at: datetime | None = Field(description="when its work last went forward")
-    progress: dict[str, Any]
+    progress: dict[str, Any] = Field(
+        description="step, total, loss, eta_s, bytes and bytes_total as they are now, where they "
+        "are known; and the latest of each kind of report"
+    )
     host: Host | None
     cost: Cost
     metadata: dict[str, str]

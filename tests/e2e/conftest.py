@@ -58,6 +58,8 @@ def stoker(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> Iterator[S
         # keys that nothing here needs: canaries, which must turn up nowhere
         ambient.setenv("HF_TOKEN", "hf_canaryofhuggingface")
         ambient.setenv("STOKER_VAST_WEBHOOK_SECRET", "canary-of-vasts-notifications")
+        for kind in ("READS", "WRITES", "LOGINS"):
+            ambient.setenv(f"STOKER_RATE_{kind}", "0")  # tests ask as often as they want
         stage = Stage(root=root, port=free_port(), show=Console(quiet=True))
         with contextlib.ExitStack() as stack:
             client, services = stage.start(stack)
