@@ -70,8 +70,8 @@ def listen(
     try:
         desk.run(count, print_line if as_json else _print)
     except KeyboardInterrupt:
-        words = f"stopped; for an hour all is kept for the next time ({desk.endpoint} forgets it:"
-        err.print(f"{words} `stoker webhooks rm {desk.endpoint}`)", markup=False, soft_wrap=True)
+        words = "stopped; what happens within an hour comes when you listen again, unless you"
+        err.print(f"{words} `stoker webhooks rm {desk.endpoint}`", markup=False, soft_wrap=True)
         raise
 
 
