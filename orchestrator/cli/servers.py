@@ -22,7 +22,6 @@ from infra import embedded
 from infra.crypto import SecretBox
 from infra.migrations import current, newest, upgrade
 from infra.settings import Settings, SettingsError
-from infra.storage import Storage
 from infra.wiring import Services, utc_now
 from orchestrator.api.auth import LIVE_PREFIX, TEST_OWNER, TEST_PREFIX, is_test
 from orchestrator.api.ids import new_id
@@ -183,14 +182,15 @@ def _say(name: str, state: str) -> None:
 def prepare(settings: Settings) -> None:
     """Bring the database and the bucket into shape. Again is harmless."""
     upgrade(settings.database_url.reveal())
+    ready_store(settings)
+
+
+def ready_store(settings: Settings) -> None:
+    """Make the bucket where it is missing, and see that our pages may upload to it, or say that
+    they may not. Raises: StorageError, when the store cannot be asked."""
     storage = Services(settings).storage
     storage.ensure_bucket()
-    admit_pages(storage, settings.public_url)
-
-
-def admit_pages(storage: Storage, public_url: str) -> None:
-    """See that the pages of `public_url` may upload to the store, or say that they may not."""
-    parts = urlsplit(public_url)
+    parts = urlsplit(settings.public_url)
     origin = f"{parts.scheme}://{parts.netloc}"
     if storage.fault_for_browsers(origin) is None:
         return
@@ -221,6 +221,10 @@ def serve(
     where = bind or settings.bind
     host, port = address(where)
     check_free(host, port, f"end it, or `stoker serve --bind {host}:{port + 10}`")
+    try:
+        ready_store(settings)
+    except StokerError as error:  # it may come later; `readyz` says so until then
+        err.print(f"warning: {error}; next: `stoker doctor`", markup=False)
     with contextlib.suppress(OSError):  # a read-only place: each process counts for itself
         os.environ.update(metrics_env(settings))
     become(web_argv(where, workers))
