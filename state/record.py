@@ -608,8 +608,11 @@ def cancel(tx: Transaction, job_id: str, now: datetime, rules: Policy = policy.D
 
 
 def retry(tx: Transaction, job_id: str, now: datetime, rules: Policy = policy.DEFAULT) -> Job:
-    """Start the next attempt of a stalled job now. Raises: NotFound, IllegalMove."""
+    """Start the next attempt of a stalled job now; again is harmless, as long as it waits for its
+    machine. Raises: NotFound, IllegalMove."""
     job = tx.job(job_id, lock=True)
+    if job.status is Status.PENDING_GPU and job.attempt > 1:
+        return job
     pen = _Pen(tx, now, rules)
     job, steps = machine.move(job, Move.RETRY, now)
     job = pen.passed(job, steps)

@@ -12,11 +12,15 @@ from flask import Response
 from orchestrator.api import schemas
 from state import money
 from state.events import Artefact, Attempt, Dataset, Delivery, Event, Outgoing
-from state.job import Job
+from state.job import Job, Status
 from state.lease import Lease
 
 #: What of a job's progress is kept for our own decisions.
 INTERNAL = ("relayed", "outlook", "gpu_wait", "quoted")
+
+
+#: Under which kind of report a machine says how far its downloads are, by status.
+PULLED = {Status.PENDING_IMAGES: "images", Status.PENDING_MODEL: "model"}
 
 
 def dataset(value: Dataset) -> dict[str, Any]:
@@ -36,15 +40,33 @@ def dataset(value: Dataset) -> dict[str, Any]:
     }
 
 
+def _progress(job: Job) -> dict[str, Any]:
+    """How far it is, in a few numbers; and the latest of each kind of report."""
+    said = {key: item for key, item in job.progress.items() if key not in INTERNAL}
+    training, pulled = said.get("training", {}), said.get(PULLED.get(job.status, ""), {})
+    now = {key: training.get(key) for key in ("step", "total", "loss", "eta_s")}
+    now |= {key: pulled.get(key) for key in ("bytes", "bytes_total")}
+    known = {key: number for key, item in now.items() if (number := _number(item)) is not None}
+    return {**said, **known}
+
+
+def _number(value: object) -> int | float | None:
+    """Hosts may say anything."""
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
 def _cost(job: Job, leases: Sequence[Lease], now: datetime) -> schemas.Cost:
     machines = [_machine(lease, now) for lease in leases if lease.rented_at]
     so_far = sum(machine.counts for machine in machines)
     opened = [lease for lease in leases if lease.open]
     return schemas.Cost(
+        quoted=quoted(job),
+        quoted_display=money.dollars(expected) if (expected := quoted(job)) is not None else None,
         quoted_per_hour=opened[-1].price if opened else None,
         so_far=so_far,
         cap=job.request.max_cost,
         display=f"${so_far / 1_000_000:.4f}",
+        cap_display=money.dollars(job.request.max_cost),
         machines=machines,
     )
 
@@ -94,7 +116,7 @@ def job_summary(job: Job, leases: Sequence[Lease], now: datetime) -> dict[str, A
         "entered_at": job.entered_at,
         "deadline_at": job.deadline_at,
         "moved_at": job.moved_at,
-        "progress": {key: item for key, item in job.progress.items() if key not in INTERNAL},
+        "progress": _progress(job),
         "host": _host(job, leases),
         "cost": _cost(job, leases, now),
         "metadata": dict(job.request.metadata),

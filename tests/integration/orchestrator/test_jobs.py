@@ -320,6 +320,8 @@ def test_a_running_job_shows_its_machine_cost_progress_and_states(edge, client, 
     assert job["cost"]["so_far"] == job["cost"]["quoted_per_hour"] == 360_000
     assert job["cost"]["display"] == "$0.3600"
     assert job["progress"]["training"]["step"] == 10
+    assert [job["progress"][key] for key in ("step", "total", "loss")] == [10, 100, 0.5]
+    assert (job["cost"]["cap_display"], job["cost"]["quoted"]) == ("$5.00", None)
     assert [step["target"] for step in job["transitions"]] == [
         "pendingGpu", "pendingImages", "pendingModel", "training",
     ]  # fmt: skip
@@ -409,6 +411,7 @@ def test_a_stalled_job_says_where_why_whether_and_when(edge, client, alice):
     assert shown["retry_at"] > shown["entered_at"]
     assert shown["transitions"][-1]["reason"] == shown["reason"]
     assert shown["progress"]["images"] == {"bytes": 400, "bytes_total": 1234}
+    assert "bytes" not in shown["progress"]  # nothing comes any more
 
 
 def test_a_stalled_job_can_be_retried_at_once(edge, client, alice, problem, soon):
@@ -422,6 +425,9 @@ def test_a_stalled_job_can_be_retried_at_once(edge, client, alice, problem, soon
     answer = client.post(f"/v1/jobs/{job.id}/retry", headers=alice)
     assert (answer.status_code, answer.json["status"]) == (202, "pendingGpu")
     assert answer.json["attempt"] == 2
+    # whoever lost that answer asks again
+    again = client.post(f"/v1/jobs/{job.id}/retry", headers=alice)
+    assert (again.status_code, again.json["attempt"]) == (202, 2)
     soon(lambda: ("allocate", job.id) in edge.woken)
 
 

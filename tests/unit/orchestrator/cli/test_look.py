@@ -1,4 +1,4 @@
-"""What `stoker explain` and `stoker wait` say, and how they leave; and what a plan says of price."""
+"""What `stoker explain` and `stoker wait` say, how they leave, and what a plan says of price."""
 
 from __future__ import annotations
 
