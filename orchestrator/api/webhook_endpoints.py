@@ -63,7 +63,7 @@ class EndpointIn(In):
 class EndpointChange(In):
     """What is to be another; the rest stays."""
 
-    url: Annotated[str, Field(min_length=1, max_length=2048)] = ""
+    url: Annotated[str, Field(max_length=2048)] = ""
     events: Filter = Field(default=[])
     description: Description = ""
     enabled: bool = True

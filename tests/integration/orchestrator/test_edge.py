@@ -27,9 +27,11 @@ def test_every_wrong_method_is_a_problem_that_names_the_right_ones(edge, client,
     by_path = {}
     for path, methods in paths(edge):
         by_path.setdefault(path, set()).update(methods)
-    for path, methods in by_path.items():
+    router = edge.app.url_map.bind("stoker.test")
+    for path in by_path:
         if path.startswith("/static"):
             continue
+        methods = set(router.allowed_methods(path))  # more rules than one may take a path
         for method in METHODS:
             if method not in methods:
                 answer = client.open(path, method=method)
