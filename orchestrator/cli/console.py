@@ -38,6 +38,8 @@ class CliError(Exception):
 out = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
 #: What stands before words that did not fit into their row.
 BELOW = "    "
+#: Words are wrapped beside their row where so many characters are left, else below it.
+LEAST = 24
 #: Everything else.
 err = Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
 
@@ -60,7 +62,7 @@ def print_rows(
     """Columns, two spaces apart, never cut: an id that is cut cannot be copied.
 
     On a terminal that is too narrow, columns whose titles are in `spare` are left out, the first
-    of them first; what does not fit of a last column stands below its row.
+    of them first; a last column that does not fit is wrapped.
     """
     for line in fitted([list(row) for row in rows], _room(console), spare):
         console.print(line, markup=False, soft_wrap=True)
@@ -80,22 +82,31 @@ def fitted(lines: list[list[str]], room: int | None, spare: Sequence[str] = ()) 
             place = lines[0].index(title)
             lines = [line[:place] + line[place + 1 :] for line in lines]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    if room is not None and len(lines[0]) > 2 and not lines[0][-1]:
+        # a last column without a title is an ornament
+        fits = sum(width + 2 for width in widths[:-1]) + widths[-1] <= room
+        lines = lines if fits else [[*line[:-1], ""] for line in lines]
     told = []
     for *cells, last in lines:
         text = "".join(f"{cell:{width}}  " for cell, width in zip(cells, widths, strict=False))
         if room is None or len(text) + len(last) <= room or not cells:
             told.append((text + last).rstrip())
             continue
-        told.append(text.rstrip())
-        told += textwrap.wrap(
-            last,
-            max(room, 20),
-            initial_indent=BELOW,
-            subsequent_indent=BELOW,
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
+        beside = max(map(len, last.split()), default=0) <= room - len(text) >= LEAST
+        told += _wrapped(last, room, text if beside else BELOW, [] if beside else [text.rstrip()])
     return told
+
+
+def _wrapped(words: str, room: int, first: str, above: list[str]) -> list[str]:
+    """`words` behind `first`, and further lines below them."""
+    return above + textwrap.wrap(
+        words,
+        max(room, LEAST),
+        initial_indent=first,
+        subsequent_indent=" " * len(first),
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def _least(lines: Sequence[Sequence[str]]) -> int:

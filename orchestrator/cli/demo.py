@@ -30,7 +30,7 @@ from infra.settings import Settings
 from infra.wiring import Services
 from orchestrator.api.auth import hash_of
 from orchestrator.cli.client import Client
-from orchestrator.cli.console import CliError, Exit, err, out, print_json
+from orchestrator.cli.console import CliError, Exit, err, out, print_json, print_rows
 from orchestrator.cli.follow import durations, follow
 from orchestrator.cli.jobs import check_family, fetch_results, photo_files, upload_dataset
 from orchestrator.cli.processes import check_free
@@ -341,8 +341,7 @@ def _tell(report: Mapping[str, Any]) -> None:
         ("webhooks", f"{report['webhooks']['received']} received, verified, in order"),
         ("instances", f"{len(report['instances_left'])} left"),
     ]
-    for name, words in rows:
-        out.print(f"{name:10} {words}", markup=False)
+    print_rows(out, rows)
     out.print("\nnext:", markup=False)
     out.print("  stoker demo PHOTOS_DIR          your own photographs", markup=False)
     out.print("  stoker up                       run it for your web app", markup=False)

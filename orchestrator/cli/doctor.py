@@ -120,7 +120,7 @@ def _progress() -> Iterator[Callable[[Sequence[str]], None]]:
         yield lambda names: None
         return
     with err.status("looking …") as status:
-        yield lambda names: status.update(f"looking at {', '.join(names)} …")
+        yield lambda names: status.update(f"looking at {', '.join(names[:6])} …")
 
 
 def _tell(found: Iterable[Finding]) -> None:

@@ -11,6 +11,9 @@ from orchestrator.cli.console import CliError, Exit, err, print_rows
 #: What stands in an order's way whatever the market offers.
 _WRONG = (Exit.USAGE, Exit.NOT_FOUND)
 
+#: As wide as the plan's own names, below which these rows stand.
+UNDER = "  {:11}"
+
 
 def estimate(body: Mapping[str, Any], *, images: int, size: int) -> dict[str, Any] | None:
     """The server's estimate for an order whose photographs are still here, and its rows on
@@ -24,9 +27,9 @@ def estimate(body: Mapping[str, Any], *, images: int, size: int) -> dict[str, An
     except CliError as error:
         if error.code in _WRONG:
             raise
-        print_rows(err, [("  price", f"not known now: {error.what}")])
+        print_rows(err, [(UNDER.format("price"), f"not known now: {error.what}")])
         return None
-    print_rows(err, _rows(found))
+    print_rows(err, [(UNDER.format(name.strip()), words) for name, words in _rows(found)])
     return found
 
 

@@ -367,13 +367,13 @@ def ls(as_json: AsJson = False) -> None:
     if not rows:
         err.print("no keys; `stoker keys create NAME` makes one", markup=False)
         return
-    title = ("ID", "NAME", "OWNER", "SCOPES", "REVOKED")
-    print_rows(out, [title, *(_key_row(row) for row in rows)], spare=("REVOKED", "SCOPES"))
+    title = ("ID", "NAME", "OWNER", "REVOKED", "SCOPES")
+    print_rows(out, [title, *(_key_row(row) for row in rows)])
 
 
 def _key_row(row: Mapping[str, Any]) -> tuple[str, ...]:
     revoked = (row["revoked_at"] or "-")[:19]
-    return row["id"], row["name"], row["owner"], ",".join(row["scopes"]), revoked
+    return row["id"], row["name"], row["owner"], revoked, " ".join(row["scopes"])
 
 
 def revoke(
@@ -506,7 +506,10 @@ def sweep(
             "`stoker doctor` looks at Vast",
         )
     title = ("INSTANCE", "LABEL", "MACHINE", "AGE", "$/h", "VERDICT", "WHY")
-    print_rows(out, [title, *(_sight_row(item, dry_run) for item in swept.sights)])
+    if not swept.sights:
+        err.print("the account has no instance", markup=False)
+    else:
+        print_rows(out, [title, *(_sight_row(item, dry_run) for item in swept.sights)])
     if swept.doubtful:
         err.print("the list shows none of our machines; it is not believed yet", markup=False)
     for lease in swept.lost:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Annotated, Any
@@ -31,6 +32,8 @@ from state.job import Status
 WATCH_S = 2.0
 LOGS_S = 1.0
 TITLE = ("JOB", "STATUS", "TRY", "STEP", "LOSS", "GPU", "COST", "WHY")
+#: Lists (but of words) and objects in a log that are longer are only counted; --json has them.
+LONG = 60
 #: What a narrow terminal goes without.
 SPARE = ("LOSS", "TRY", "GPU")
 Watch = Annotated[bool, typer.Option("--watch", "-w", help="Until Ctrl-C, as things change.")]
@@ -154,12 +157,16 @@ def show(job_id: JobId, watch: Watch = False, as_json: AsJson = False) -> None:
     job = client.job(job_id)
     if as_json:
         print_json(job)
-    elif out.is_terminal:
+        return
+    if out.is_terminal:
         out.print(picture(job))
         out.print()
         print_rows(out, facts(job))
     else:
         print_rows(out, [("status", job["status"]), *progress(job), *facts(job)])
+    if job["result_files"]:
+        out.print()
+        print_rows(out, files(job))
 
 
 def _watch_job(client: Client, job_id: str, as_json: bool) -> None:
@@ -180,7 +187,10 @@ def _watch_job(client: Client, job_id: str, as_json: bool) -> None:
     with Live(console=out, refresh_per_second=8) as live:
         while True:
             job = client.job(job_id)
-            text = "\n".join(fitted([list(row) for row in facts(job)], out.width))
+            lines = fitted([list(row) for row in facts(job)], out.width)
+            if job["result_files"]:
+                lines += ["", *fitted([list(row) for row in files(job)], out.width)]
+            text = "\n".join(lines)
             live.update(Group(picture(job), Text(), Text(text, no_wrap=True)))
             if job["status"] in ENDED:
                 return
@@ -213,9 +223,15 @@ def facts(job: Mapping[str, Any]) -> list[tuple[str, str]]:
     if job.get("retry_at"):
         rows.append(("next try", job["retry_at"]))
     rows += [(f"in {state}", f"{span:.1f} s") for state, span in durations(job).items()]
-    for item in job["result_files"]:
-        rows.append((item["name"], f"{size_words(item['bytes'])}  sha256 {item['sha256']}"))
     return rows
+
+
+def files(job: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """The results as a table; none before there are any."""
+    rows = [
+        (item["name"], size_words(item["bytes"]), item["sha256"]) for item in job["result_files"]
+    ]
+    return [("FILE", "SIZE", "SHA256"), *rows] if rows else []
 
 
 # --- its log ------------------------------------------------------------------------------------
@@ -271,10 +287,16 @@ def _print_event(event: Mapping[str, Any]) -> None:
         return
     if event["type"] == "log.lines":
         for line in event["data"].get("lines", []):
-            out.print(f"{event['at']}  | {line}", markup=False, soft_wrap=True)
+            out.print(f"{_second(event['at'])}  | {line}", markup=False, soft_wrap=True)
         return
     words = _event_words(event["type"], event["data"])
-    out.print(f"{event['at']}  {event['type']}  {words}".rstrip(), markup=False, soft_wrap=True)
+    text = f"{_second(event['at'])}  {event['type']}  {words}".rstrip()
+    out.print(text, markup=False, soft_wrap=True)
+
+
+def _second(at: str) -> str:
+    """A time to the second: people read it. --json has all of it."""
+    return re.sub(r"\.\d+", "", at)
 
 
 def _event_words(kind: str, data: Mapping[str, Any]) -> str:
@@ -294,4 +316,8 @@ def _value_words(value: Any) -> str:
         return ",".join(str(item["name"]) for item in value)
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False) if " " in value or "\n" in value else value
-    return json.dumps(round(value, 5) if isinstance(value, float) else value, ensure_ascii=False)
+    text = json.dumps(round(value, 5) if isinstance(value, float) else value, ensure_ascii=False)
+    words = isinstance(value, list) and all(isinstance(item, str) for item in value)
+    if isinstance(value, list | dict) and len(text) > LONG and not words:
+        return f"[{len(value)} …]" if isinstance(value, list) else f"{{{len(value)} …}}"
+    return text

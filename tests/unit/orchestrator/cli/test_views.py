@@ -111,3 +111,28 @@ def test_a_job_in_a_pipe_is_words_without_a_bar(stoker, api, make_job):
         ["step", "40/100"],
     ]
     assert not set(told) & set("━●✔○╸")
+
+
+def test_words_that_do_not_fit_are_wrapped_beside_their_name():
+    lines = fitted([["  recipe", "quality standard, steps 1000, rank 16"], ["  base", "x"]], 40)
+    assert lines == [
+        "  recipe  quality standard, steps 1000,",
+        "          rank 16",
+        "  base    x",
+    ]
+
+
+def test_an_ornament_goes_where_it_does_not_fit():
+    rows = [["DAY", "TOTAL", ""], ["2026-11-22", "$1.00", "████████"]]
+    assert fitted(rows, 30)[1].endswith("████████")
+    assert fitted(rows, 20)[1].endswith("$1.00")
+
+
+def test_a_log_counts_what_is_long_and_tells_time_to_the_second(stoker, api):
+    data = {"step": 3, "levels": [[0.125, 1.1778, 0.0379]] * 4}
+    event = {"at": "2026-11-23T08:14:33.946662Z", "type": "training.progress", "data": data}
+    page = {"data": [event], "has_more": False, "next_after": 1}
+    api.answers["GET /v1/jobs/job_01/events"] = (200, page)
+    told = stoker("logs", "job_01").out
+    assert told == "2026-11-23T08:14:33Z  training.progress  step=3 levels=[4 …]\n"
+    assert json.loads(stoker("logs", "job_01", "--json").out) == [event]
