@@ -290,8 +290,9 @@ outgoing = Table(
     _text("status"),
     _count("tries"),
     _time("due_at", null=True),
-    _id("endpoint"),
-    _id("owner"),
+    # defaults for processes of the version before these columns
+    Column("endpoint", Text(collation="C"), nullable=False, server_default=""),
+    Column("owner", Text(collation="C"), nullable=False, server_default=""),
     _time("ended_at", null=True),
     PrimaryKeyConstraint("id"),
     _one_of("status", OutgoingStatus),

@@ -29,19 +29,20 @@ def upgrade() -> None:
     )
     op.create_index("webhook_endpoints_owner", "webhook_endpoints", ["owner", "id"])
     for name in ("endpoint", "owner"):
+        # The default stays: processes of the older version run until they are restarted.
         column = sa.Column(name, sa.Text(collation="C"), nullable=False, server_default="")
         op.add_column("outgoing", column)
-        # for the rows that are there; new ones say it themselves
-        op.alter_column("outgoing", name, server_default=None)
     op.add_column("outgoing", sa.Column("ended_at", sa.DateTime(timezone=True), nullable=True))
-    op.execute("UPDATE outgoing SET owner = jobs.owner FROM jobs WHERE jobs.id = outgoing.job")
-    op.execute(
-        "UPDATE outgoing SET ended_at = coalesce("
-        "(SELECT max(tried_at) FROM deliveries WHERE deliveries.job = outgoing.job"
-        " AND deliveries.outgoing = outgoing.id), created_at) WHERE status <> 'waiting'"
-    )
+    op.create_index("deliveries_outgoing", "deliveries", ["outgoing"])
     for index in ("outgoing_job", "outgoing_waiting", "outgoing_created_at"):
         op.drop_index(index, "outgoing")
+    op.execute(
+        "UPDATE outgoing SET"
+        " owner = coalesce((SELECT owner FROM jobs WHERE jobs.id = outgoing.job), ''),"
+        " ended_at = CASE WHEN status <> 'waiting' THEN coalesce("
+        "(SELECT max(tried_at) FROM deliveries WHERE deliveries.outgoing = outgoing.id),"
+        " created_at) END"
+    )
     op.create_index("outgoing_job", "outgoing", ["job", "endpoint", "seq"], unique=True)
     waiting = sa.text("status = 'waiting'")
     op.create_index(
@@ -61,4 +62,3 @@ def upgrade() -> None:
         ["status", "created_at", "id"],
         postgresql_where=sa.text("status IN ('exhausted', 'disabled')"),
     )
-    op.create_index("deliveries_outgoing", "deliveries", ["outgoing"])

@@ -134,7 +134,12 @@ def test_webhooks_of_an_older_version_have_an_owner_and_an_end_after_the_upgrade
         )
     migrations.upgrade(url)
     with psycopg.connect(url) as connection:
+        # and a process that was not restarted yet goes on
+        connection.execute(
+            "INSERT INTO outgoing (id, job, seq, type, created_at, payload, status, tries)"
+            " VALUES ('m3', 'job_1', 3, 'x', '2026-01-03Z', '{}', 'waiting', 0)"
+        )
         rows = connection.execute(
             "SELECT endpoint, owner, ended_at::date::text FROM outgoing ORDER BY seq"
         ).fetchall()
-    assert rows == [("", "acme", "2026-01-02"), ("", "acme", None)]
+    assert rows == [("", "acme", "2026-01-02"), ("", "acme", None), ("", "", None)]
