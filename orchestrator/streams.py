@@ -6,7 +6,8 @@ A view authenticates, says what is followed, and answers with a feed:
     return feed.response()
 
 What is followed is a `Channel`: a small hashable value. As long as it has a reader, the hub of
-this process asks it once a second, on a thread of the hub's own, what is the case now (`head`) and
+this process asks it once a second (seldomer where a look takes long, so that looking never takes
+more than a sixth of the time), on a thread of the hub's own, what is the case now (`head`) and
 what that means for somebody who knows it as it was (`news`). Readers who stand at the same place
 get the same bytes, rendered once. Nobody is told by the database: a NOTIFY in each commit would
 queue the receiver's commits behind one lock, and a look is a few statements by primary key.
@@ -25,6 +26,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 import weakref
 from collections.abc import Awaitable, Callable, Collection, Hashable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -46,6 +48,8 @@ from state.store import Store, Transaction
 
 #: How often a channel with readers is looked at.
 TICK_S = 1.0
+#: One whose look takes long rests so many times as long as that took.
+REST = 5
 #: A stream that says nothing for so long says that it is alive; proxies give up at 30 to 60 s.
 HEARTBEAT = timedelta(seconds=15)
 #: How old the knowledge that a reader's key is good may be.
@@ -196,6 +200,8 @@ class Found:
     news: dict[tuple[Channel, Hashable], News] = field(default_factory=dict)
     refused: set[Entry] = field(default_factory=set)
     broken: set[Channel] = field(default_factory=set)
+    #: seconds that each channel's look took
+    took: dict[Channel, float] = field(default_factory=dict)
 
 
 class Sender(Protocol):
@@ -229,6 +235,7 @@ class Hub:
         self._guard = threading.Lock()
         self._feeds: weakref.WeakSet[Feed] = weakref.WeakSet()
         self._readers: dict[Feed, _Reader] = {}
+        self._resting: dict[Channel, datetime] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="streams")
         self._watching: asyncio.Task[None] | None = None
         self._called: asyncio.Event  # of the loop that there is while somebody reads
@@ -298,9 +305,11 @@ class Hub:
                     found.refused = {entry for entry in entries if not entry.holds(tx)}
                     jobs = tx.jobs({job for channel in places for job in channel.jobs})
                     for now, sinces in places.items():
+                        began = time.perf_counter()
                         head = now.head(tx, jobs)
                         for since in sinces:
                             found.news[now, since] = now.news(tx, since, head)
+                        found.took[now] = time.perf_counter() - began
                     now = None
                 return found
             except Exception as error:
@@ -373,7 +382,13 @@ class Hub:
         readers = list(self._readers.values())
         if everybody:
             await self._mind(readers, now)
-        ready = [reader for reader in readers if reader.ready and (everybody or reader.behind)]
+        self._resting = {channel: end for channel, end in self._resting.items() if end > now}
+        ready = [
+            reader
+            for reader in readers
+            if reader.ready
+            and (reader.behind or (everybody and reader.feed.channel not in self._resting))
+        ]
         doubtful = [
             reader for reader in readers if everybody and now - reader.admitted_at >= ADMISSION
         ]
@@ -397,6 +412,8 @@ class Hub:
         if self._away:
             self._away = False
             _log.info("streams see the database again")
+        for channel, took in found.took.items():
+            self._resting[channel] = now + timedelta(seconds=REST * took)
         for reader in doubtful:
             reader.admitted_at = now
             if reader.feed.entry in found.refused:

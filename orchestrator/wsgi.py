@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from infra import logs, telemetry
-from infra.wiring import services
+from infra.wiring import Services, services
 from orchestrator.app import create_app
 from orchestrator.checks import ready_checks
+from orchestrator.dashboard.aside import Aside
 from orchestrator.deps import Deps
 from orchestrator.rsgi import Server
 from tasks.app import wake
@@ -27,10 +28,19 @@ if TYPE_CHECKING:
 
 def make_app() -> Flask:
     """The WSGI application of this process."""
-    logs.configure()
     have = services()
     telemetry.trace_to(have.settings.otlp_endpoint, "stoker-web")
     live(have.store, have.clock, RECEIVER, threading.Event())
+    return _app(have)
+
+
+def make_pages() -> Flask:
+    """The same for a process that takes no reports, and only looks at pages."""
+    return _app(services())
+
+
+def _app(have: Services) -> Flask:
+    logs.configure()
     shared = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
     return create_app(
         Deps(
@@ -51,4 +61,6 @@ def make_app() -> Flask:
 
 def make_server() -> Server:
     """The RSGI application of this process."""
-    return Server(make_app())
+    app = make_app()
+    app.extensions["looker"] = Aside("orchestrator.wsgi:make_pages")
+    return Server(app)

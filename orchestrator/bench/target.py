@@ -13,6 +13,7 @@ from infra.crypto import SecretBox
 from infra.settings import Settings
 from infra.store import SqlStore
 from orchestrator.app import create_app
+from orchestrator.dashboard.aside import Aside
 from orchestrator.deps import Deps
 from orchestrator.rsgi import Server
 from state.events import Secret
@@ -57,7 +58,9 @@ def edge(env: Mapping[str, str] = os.environ) -> Flask:
 
 def server() -> Server:
     """The same as granian serves it."""
-    return Server(edge())
+    app = edge()
+    app.extensions["looker"] = Aside("orchestrator.bench.target:edge")
+    return Server(app)
 
 
 def bare() -> Flask:

@@ -3,15 +3,24 @@
 A page module gives `look(tx, …)`, all that it shows as a value, and `fragments(tx, before, after)`,
 the HTML of what differs. All who look at the same thing are sent the same bytes, so there is
 nothing of one session in them. Whoever connects, or comes back, is sent all of it.
+
+A look at many jobs is tens of milliseconds of Python, in which reports would wait for the
+interpreter; so under granian a `Looker` lives in a process beside (`orchestrator.dashboard.aside`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+import itertools
+import secrets
+from collections import OrderedDict
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
+from urllib.parse import parse_qsl
 
 from flask import Blueprint, Flask, Response, current_app, request
+from flask.blueprints import BlueprintSetupState
+from werkzeug.datastructures import MultiDict
 
 from orchestrator import streams
 from orchestrator.api import auth, problems
@@ -23,82 +32,108 @@ from orchestrator.streams import Channel, Entry, News
 from state.job import Job
 from state.store import Transaction
 
-Fragments = Callable[[Transaction, Any, Any], str]
-
-
-@dataclass(frozen=True, eq=False)
-class Seen:
-    """A look as a position: the same one or another one, whatever is in it."""
-
-    look: Any
+#: Looks that are kept to be compared with later ones; a reader of an older one is sent all.
+KEPT = 256
 
 
 @dataclass(frozen=True)
-class _Page:
-    """What the channels of pages share; the application renders, outside any request."""
+class Page:
+    """What is looked at: `fleet` with the query string of its view, or `job` with an id."""
 
-    app: Flask = field(repr=False, compare=False)
-    deps: Deps = field(repr=False, compare=False)
+    name: str
+    what: str
+
+
+class Looker(Protocol):
+    """Looks at pages, and remembers what it saw by numbers."""
+
+    def look(self, tx: Transaction, page: Page) -> int:
+        """The number of what the page shows now; the last one's, where nothing happened."""
+
+    def fragments(self, tx: Transaction, page: Page, before: int | None, after: int) -> str:
+        """HTML of what differs between two looks; of all, for who had none that is known."""
+
+
+class LocalLooker:
+    """Looks here. Only ever used by one thread at a time."""
+
+    def __init__(self, app: Flask, deps: Deps) -> None:
+        self._app, self.deps = app, deps
+        # no number means something to the looker that comes after this one
+        self._numbers = itertools.count(secrets.randbits(48))
+        self._kept: OrderedDict[tuple[Page, int], Any] = OrderedDict()
+        self._last: dict[Page, int] = {}
+
+    def look(self, tx: Transaction, page: Page) -> int:
+        seen = self._seen(tx, page)
+        last = self._last.get(page, 0)
+        if self._kept.get((page, last)) == seen:
+            self._kept.move_to_end((page, last))
+            return last
+        number = self._last[page] = next(self._numbers)
+        self._kept[page, number] = seen
+        while len(self._kept) > KEPT:
+            (old, told), _ = self._kept.popitem(last=False)
+            if self._last.get(old) == told:
+                del self._last[old]
+        return number
+
+    def fragments(self, tx: Transaction, page: Page, before: int | None, after: int) -> str:
+        known = self._kept.get((page, before or 0))
+        with self._app.test_request_context(base_url=self.deps.settings.public_url or None):
+            if page.name == "fleet":
+                return fleet.fragments(tx, known, self._kept[page, after])
+            return job.fragments(tx, known, self._kept[page, after])
+
+    def _seen(self, tx: Transaction, page: Page) -> Any:
+        if page.name == "fleet":
+            view = fleet.View.of(MultiDict(parse_qsl(page.what)))
+            return fleet.look(tx, view, self.deps)
+        return job.look(tx, tx.job(page.what), self.deps)
+
+
+@dataclass(frozen=True)
+class LivePage:
+    """A page as a channel; positions are a looker's numbers."""
+
+    page: Page
+    looker: Looker = field(repr=False, compare=False)
 
     @property
     def jobs(self) -> Collection[str]:
         return ()
 
-    def _news(self, tx: Transaction, since: Seen | None, head: Seen, fragments: Fragments) -> News:
-        before = since.look if since else None
-        if before == head.look:
-            return News(at=head)
-        with self.app.test_request_context(base_url=self.deps.settings.public_url or None):
-            html = fragments(tx, before, head.look)
+    def head(self, tx: Transaction, jobs: Mapping[str, Job]) -> int:
+        return self.looker.look(tx, self.page)
+
+    def news(self, tx: Transaction, since: int | None, head: int) -> News:
+        html = "" if since == head else self.looker.fragments(tx, self.page, since, head)
         return News(data=streams.message(html) if html else b"", at=head)
-
-
-@dataclass(frozen=True)
-class FleetPage(_Page):
-    view: fleet.View
-
-    def head(self, tx: Transaction, jobs: Mapping[str, Job]) -> Seen:
-        return Seen(fleet.look(tx, self.view, self.deps))
-
-    def news(self, tx: Transaction, since: Seen | None, head: Seen) -> News:
-        return self._news(tx, since, head, fleet.fragments)
-
-
-@dataclass(frozen=True)
-class JobPage(_Page):
-    job: str
-
-    @property
-    def jobs(self) -> Collection[str]:
-        return (self.job,)
-
-    def head(self, tx: Transaction, jobs: Mapping[str, Job]) -> Seen:
-        return Seen(job.look(tx, jobs[self.job], self.deps))
-
-    def news(self, tx: Transaction, since: Seen | None, head: Seen) -> News:
-        return self._news(tx, since, head, job.fragments)
 
 
 def register(pages: Blueprint, deps: Deps) -> None:
     """Put the streams of the pages into `pages`."""
 
-    def follow(channel: Channel) -> Response:
+    def here(state: BlueprintSetupState) -> None:
+        app: Any = state.app
+        app.extensions["looker"] = LocalLooker(app, deps)
+
+    def follow(page: Page) -> Response:
+        channel: Channel = LivePage(page, current_app.extensions["looker"])
         entry, owner = Entry(access.key_hash(), auth.OPERATOR), auth.caller().owner
         try:
             return streams.hub().open(channel, entry=entry, owner=owner).response()
         except Refusal as refusal:
             return problems.respond(refusal)  # a script asks, and wants Retry-After
 
-    def app() -> Flask:
-        found: Flask = current_app._get_current_object()  # type: ignore[attr-defined]  # a proxy
-        return found
+    pages.record(here)
 
     @pages.get("/live/fleet")
     def live_fleet() -> Response:
-        return follow(FleetPage(app(), deps, fleet.View.of(request.args)))
+        return follow(Page("fleet", fleet.View.of(request.args).query()))
 
     @pages.get("/live/jobs/<job_id>")
     def live_job(job_id: str) -> Response:
         with deps.store.transaction() as tx:
             known = visible(tx, job_id, auth.caller())
-        return follow(JobPage(app(), deps, known.id))
+        return follow(Page("job", known.id))
