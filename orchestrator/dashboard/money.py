@@ -177,7 +177,8 @@ def register(pages: Blueprint, deps: Deps) -> None:
     @pages.post("/money/renting", endpoint="money_renting")
     def renting() -> Response:
         stopped = request.form.get("stopped") == "1"
-        why = request.form.get("why", "").strip() or f"{auth.caller().owner} said so"
+        said = request.form.get("why", "").replace("\0", "").strip()
+        why = said[:200] or f"{auth.caller().owner} said so"
         with deps.store.transaction() as tx:
             brakes.switch(tx, stopped=stopped, why=why if stopped else "", now=deps.clock())
         if stopped:

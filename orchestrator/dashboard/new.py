@@ -216,8 +216,8 @@ def register(pages: Blueprint, deps: Deps, waker: Waker, estimates: Estimates) -
             private_bases=deps.settings.private_bases,
             private_webhooks=deps.settings.private_webhooks,
         )
-        key = request.headers.get("Idempotency-Key") or None
-        shown, _ = orders.take(order, g.caller, key, request.get_json())
+        header = schemas.JobHeader.model_validate(dict(request.headers))
+        shown, _ = orders.take(order, g.caller, header.idempotency_key, request.get_json())
         answer = {
             "job": shown.id,
             "url": url_for("pages.job", job_id=shown.id),

@@ -13,7 +13,7 @@ from werkzeug.wrappers import Response
 
 from orchestrator.api import deliveries, jobs, webhook_endpoints
 from orchestrator.api.deliveries import DeliveriesQuery
-from orchestrator.api.ids import new_id
+from orchestrator.api.ids import new_id, plausible
 from orchestrator.api.problems import Refusal, refusal_of
 from orchestrator.api.webhook_endpoints import EndpointChange, EndpointIn, NewWebhook
 from orchestrator.dashboard.access import inside
@@ -85,8 +85,7 @@ def register(pages: Blueprint, deps: Deps, waker: Waker) -> None:
                 events=request.form.getlist("events"),
                 description=request.form.get("description", "").strip(),
             )
-            key = request.form.get("form_key") or None
-            fresh, again = webhook_endpoints.create(deps, g.caller, body, key)
+            fresh, again = webhook_endpoints.create(deps, g.caller, body, _form_key())
         except ValidationError as error:
             return show(faults=_faults(error)), 422
         except Refusal as refusal:
@@ -146,8 +145,9 @@ def register(pages: Blueprint, deps: Deps, waker: Waker) -> None:
     def rotate(endpoint_id: str) -> Response | str:
         def move() -> Response | str:
             overlap = timedelta() if request.form.get("now") else places.OVERLAP
-            key = request.form.get("form_key") or None
-            fresh, again = webhook_endpoints.rotate(deps, g.caller, endpoint_id, overlap, key)
+            fresh, again = webhook_endpoints.rotate(
+                deps, g.caller, endpoint_id, overlap, _form_key()
+            )
             if again:
                 return done("The secret was rotated already; the new one was shown then.")
             return show(fresh=fresh)
@@ -194,6 +194,12 @@ def register(pages: Blueprint, deps: Deps, waker: Waker) -> None:
         back = request.form.get("back")
         here = url_for("pages.delivery", delivery_id=delivery_id)
         return redirect(inside(back) if back else here, 303)
+
+
+def _form_key() -> str | None:
+    """What makes a form that is sent twice do once; a strange one is none of ours."""
+    key = request.form.get("form_key", "")
+    return key if plausible(key) else None
 
 
 def _query(args: MultiDict[str, str]) -> DeliveriesQuery:

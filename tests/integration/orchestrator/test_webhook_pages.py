@@ -156,11 +156,11 @@ def test_deliveries_are_filtered_and_replayed_under_the_same_id(edge: Any, brows
         assert tx.outgoing(row.id).status is OutgoingStatus.WAITING
 
 
-@pytest.mark.parametrize("query", ["status=lost", "cursor=x", "job=" + "x" * 100])
-def test_filters_that_mean_nothing_are_refused_in_words(browser: Any, query: str) -> None:
-    page = browser.get(f"/webhooks?{query}")
-    assert page.status_code == 422
-    assert "<h1>" in page.text
+def test_filters_that_mean_nothing_are_refused_in_words(browser: Any) -> None:
+    for query in ("status=lost", "cursor=x", "job=" + "x" * 100):
+        page = browser.get(f"/webhooks?{query}")
+        assert page.status_code == 422, query
+        assert "<h1>" in page.text
 
 
 def test_what_others_wrote_is_text_and_no_markup(edge: Any, browser: Any) -> None:
