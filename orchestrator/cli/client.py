@@ -284,8 +284,13 @@ class Client:
                 "is the file being changed? `stoker doctor` looks at the storage",
             )
 
-    def download(self, path: str, target: Path) -> None:
-        """A result file: the API redirects to storage, which wants no key. It appears whole."""
+    def download(
+        self, path: str, target: Path, *, came: Callable[[int], object] = lambda size: None
+    ) -> None:
+        """A result file: the API redirects to storage, which wants no key. It appears whole.
+
+        `came` hears of each so many bytes.
+        """
         answer = self.call("GET", path)
         where = answer.headers.get("Location", "")
         if not where:
@@ -296,10 +301,12 @@ class Client:
                 got.raise_for_status()
                 for chunk in got.iter_content(1 << 20):
                     file.write(chunk)
+                    came(len(chunk))
             part.replace(target)
         except (OSError, requests.RequestException) as error:
-            part.unlink(missing_ok=True)
             raise CliError(f"{target} was not downloaded", _why(error), "try again") from None
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def _asked_to_wait(answer: requests.Response | CliError) -> int:

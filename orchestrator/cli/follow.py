@@ -156,8 +156,6 @@ def detaching(job_id: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        err.print(
-            f"\ndetached; the job goes on. `stoker show {job_id}` looks at it, "
-            f"`stoker cancel {job_id}` ends it.",
-            markup=False,
-        )
+        err.print("\ndetached; the job goes on")
+        for verb, what in (("show -w", "watches it"), ("cancel ", "ends it")):
+            err.print(f"  stoker {verb} {job_id}   {what}", markup=False, soft_wrap=True)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import quote
 
 import typer
-from rich.progress import track
+from rich.progress import Progress, track
 
 from gpu_agent import needs
 from gpu_agent.recipe import FAMILIES, QUALITIES, Recipe
@@ -126,7 +126,11 @@ def train(
     if asks:
         _confirm(max_cost)
     client = Client.here()
-    dataset = upload_dataset(client, photos, files)
+    try:
+        dataset = upload_dataset(client, photos, files)
+    except KeyboardInterrupt:
+        err.print("\nnothing was started, and nothing is spent")
+        raise
     job = client.post("/v1/jobs", {**body, "dataset_id": dataset})
     err.print(f"job {job['id']}", markup=False)
     if job.get("webhook_secret") and not as_json:
@@ -330,19 +334,34 @@ def fetch_results(
         what = f"job {job_id} has no " + (f"file {name}" if name else "result files")
         then = f"`stoker show {job_id}`" if known or job["status"] in ENDED else "wait for its end"
         raise CliError(what, why, then, Exit.NOT_FOUND)
-    got = []
-    for item in wanted:
-        target = _inside(folder, item["name"])
-        target.parent.mkdir(parents=True, exist_ok=True)
-        client.download(f"{job_path(job_id)}/artifacts/{quote(item['name'])}", target)
-        with target.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        if digest != item["sha256"]:
-            target.unlink()
-            why = f"its SHA-256 is {digest}, not {item['sha256']}"
-            raise CliError(f"{item['name']} arrived damaged", why, "try again")
-        got.append({"name": item["name"], "path": str(target.resolve()), "sha256": digest})
-    return got
+    size = sum(item["bytes"] for item in wanted)
+    with Progress(console=err, transient=True, disable=not err.is_terminal) as progress:
+        task = progress.add_task("downloading", total=size)
+
+        def came(count: int) -> None:
+            progress.advance(task, count)
+
+        return [
+            _fetch(client, job_id, item, _inside(folder, item["name"]), came) for item in wanted
+        ]
+
+
+def _fetch(
+    client: Client,
+    job_id: str,
+    item: Mapping[str, Any],
+    target: Path,
+    came: Callable[[int], None],
+) -> dict[str, Any]:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    client.download(f"{job_path(job_id)}/artifacts/{quote(item['name'])}", target, came=came)
+    with target.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    if digest != item["sha256"]:
+        target.unlink()
+        why = f"its SHA-256 is {digest}, not {item['sha256']}"
+        raise CliError(f"{item['name']} arrived damaged", why, "try again")
+    return {"name": item["name"], "path": str(target.resolve()), "sha256": digest}
 
 
 def _inside(folder: Path, name: str) -> Path:

@@ -98,7 +98,8 @@ def test_ctrl_c_detaches_and_says_how_to_cancel(stoker, api, make_job, no_waitin
     no_waiting(2)
     ran = stoker(*words, "job_01", "--json")
     assert ran.code == 0
-    assert "`stoker cancel job_01` ends it" in ran.err
+    assert "the job goes on" in ran.err
+    assert "stoker cancel  job_01   ends it" in ran.err
 
 
 def test_a_job_in_a_pipe_is_words_without_a_bar(stoker, api, make_job):
