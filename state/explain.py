@@ -138,6 +138,9 @@ class Around:
 class Explanation:
     at: datetime
     status: Status
+    attempt: int
+    #: So many there are at most, but for those that interruptions cost.
+    attempts: int
     waits_for: Waits
     headline: str
     next: Action | None
@@ -171,6 +174,8 @@ def explain(
     return Explanation(
         at=now,
         status=job.status,
+        attempt=job.attempt,
+        attempts=job.request.max_attempts + job.interruptions,
         waits_for=waits,
         headline=_headline(job, mine, around, waits, found, now),
         next=_next(job, held, around, waits, deadlines, now, rules),
@@ -492,12 +497,15 @@ def _options(job: Job, waits: Waits) -> Iterator[Option]:
 
 def _sentences(what: Explanation) -> Iterator[str]:
     yield what.headline
+    if what.attempt > 1 and what.waits_for is not Waits.NOTHING:
+        yield f"This is attempt {what.attempt} of {what.attempts}."
     for machine in what.machines:
         yield f"Machine {machine.machine_id} ({machine.gpu}) {machine.words}."
     if what.next is not None:
         when = f" {_when(what.next.at, what.at)}" if what.next.at else ""
         yield f"Next: {what.next.words}{when} ({what.next.by})."
-    for deadline in what.deadlines[:3]:
+    told = what.next.at if what.next else None
+    for deadline in [item for item in what.deadlines if item.at != told][:3]:
         yield f"{_when(deadline.at, what.at).capitalize()}: {deadline.words}."
     for brake in what.brakes:
         if brake.mend:

@@ -6,9 +6,8 @@ then as an object with a `step` (docs/wire.md). Hosts are strangers: what is no 
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,50 +32,64 @@ class Point:
     value: float
 
 
+#: A curve's values by attempt and step.
+Values = dict[tuple[int, int], float]
+
+
 def read(reports: Iterable[Event]) -> dict[str, list[Point]]:
-    """The curves in reports of `training.progress`, by name, each by attempt and step.
+    """The curves in reports of `training.progress`, by name."""
+    return {name: curve(values) for name, values in collect(reports).items()}
+
+
+def collect(reports: Iterable[Event]) -> dict[str, Values]:
+    """The same, as bare values: for who wants but few of them as points.
 
     Of several values for one step the last one counts: a trainer that was started again repeats
     steps within its attempt.
     """
-    found: dict[str, dict[tuple[int, int], float]] = {}
+    found: dict[str, Values] = {}
     for report in reports:
-        for step, values in _rows(report.data):
-            for name, value in values.items():
-                number = _number(value)
-                if number is None or not _NAME.fullmatch(name):
-                    continue
-                if name in found or len(found) < MOST_CURVES:
-                    found.setdefault(name, {})[report.attempt, step] = number
-    return {
-        name: [
-            Point(attempt=attempt, step=step, value=value)
-            for (attempt, step), value in sorted(values.items())
-        ]
-        for name, values in found.items()
-    }
+        attempt = report.attempt
+        for point in _points(report.data):
+            named: Iterable[tuple[str, Any]]
+            if isinstance(point, list) and point:
+                step, named = point[0], zip(COLUMNS, point[1:], strict=False)
+            elif isinstance(point, dict):
+                step, named = point.get("step"), point.items()
+            else:
+                continue
+            if type(step) is not int or not 0 <= step < _LARGEST:
+                continue
+            for name, value in named:
+                # what nobody can draw is left out; a long training has a million numbers
+                if (type(value) is float or type(value) is int) and -_LARGEST < value < _LARGEST:
+                    values = found.get(name)
+                    if values is None:
+                        if not _is_curve(name) or len(found) >= MOST_CURVES:
+                            continue
+                        values = found[name] = {}
+                    values[attempt, step] = value
+    return found
 
 
-def _rows(data: Mapping[str, Any]) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def _is_curve(name: str) -> bool:
+    return name != "step" and _NAME.fullmatch(name) is not None
+
+
+def _points(data: Mapping[str, Any]) -> Sequence[Any]:
     points = data.get("points")
-    if not isinstance(points, list):
-        # an agent that keeps no points says the latest values
-        points = [{key: data[key] for key in ("step", *KNOWN) if key in data}]
-    for point in points:
-        if isinstance(point, list) and point:
-            step, values = point[0], dict(zip(COLUMNS, point[1:], strict=False))
-        elif isinstance(point, dict):
-            step, values = point.get("step"), {k: v for k, v in point.items() if k != "step"}
-        else:
-            continue
-        if type(step) is int and 0 <= step < _LARGEST:
-            yield step, values
+    if isinstance(points, list):
+        return points
+    # an agent that keeps no points says the latest values
+    return [{key: data[key] for key in ("step", *KNOWN) if key in data}]
 
 
-def _number(value: object) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return float(value) if abs(value) < _LARGEST and math.isfinite(value) else None
+def curve(values: Values) -> list[Point]:
+    """By attempt, then by step."""
+    return [
+        Point(attempt=attempt, step=step, value=float(value))
+        for (attempt, step), value in sorted(values.items())
+    ]
 
 
 def thin(points: Sequence[Point], most: int) -> list[Point]:

@@ -149,7 +149,7 @@ def metrics(
 
     Raises: Refusal 422 for a name that neither this job nor any trainer of ours has.
     """
-    curves = series.read(_reports(tx, job, Fact.TRAINING_PROGRESS))
+    curves = series.collect(_reports(tx, job, Fact.TRAINING_PROGRESS))
     for name in names:
         if name not in curves and name not in series.KNOWN:
             known = ", ".join(sorted({*curves, *series.KNOWN}))
@@ -157,10 +157,14 @@ def metrics(
             raise Refusal(422, "unknown_metric", f"no curve {name[:40]!r}", errors=[fault])
     return Metrics(
         names=[
-            MetricName(name=name, points=len(points), step=points[-1].step, value=points[-1].value)
-            for name, points in sorted(curves.items())
+            MetricName(name=name, points=len(values), step=latest[1], value=float(values[latest]))
+            for name, values in sorted(curves.items())
+            if (latest := max(values))
         ],
-        series=[_series(name, curves.get(name, []), max_points) for name in dict.fromkeys(names)],
+        series=[
+            _series(name, series.curve(curves.get(name, {})), max_points)
+            for name in dict.fromkeys(names)
+        ],
     )
 
 
@@ -466,6 +470,7 @@ class Explanation(Out):
     job: str
     at: datetime
     status: Status
+    attempt: int
     waits_for: Waits
     headline: str
     sentences: list[str] = Field(description="all of this for people, the most important first")
@@ -530,6 +535,7 @@ def _explanation(job: Job, found: explain.Explanation) -> Explanation:
         job=job.id,
         at=found.at,
         status=found.status,
+        attempt=found.attempt,
         waits_for=found.waits_for,
         headline=found.headline,
         sentences=found.sentences,

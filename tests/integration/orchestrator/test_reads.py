@@ -10,6 +10,7 @@ from state import brakes, record
 from state.events import Artefact
 from state.job import Reason
 from state.lease import LeaseStatus
+from state.rehearsal import Rehearsal
 
 READY = (Fact.GPU_READY, Fact.IMAGES_READY, Fact.MODEL_READY, Fact.FILES_POSITIONED)
 SHA = "ab" * 32
@@ -253,6 +254,18 @@ def test_a_job_is_explained_from_order_to_end(edge, client, alice):
     assert client.post(paths["cancel"][1], headers=alice).status_code == 202
     over = explained()
     assert (over["waits_for"], over["deadlines"]) == ("nothing", [])
+
+
+def test_a_rehearsal_is_held_by_no_brake_of_real_machines(edge, client):
+    with edge.store.transaction() as tx:
+        brakes.switch(tx, stopped=True, why="a drill", now=edge.clock())
+    real, rehearsed = edge.job(), edge.job(rehearsal=Rehearsal())
+    operator = edge.key("op", "operator")
+    waits = [
+        client.get(f"/v1/jobs/{job.id}/explain", headers=operator).json["waits_for"]
+        for job in (real, rehearsed)
+    ]
+    assert waits == ["brake", "offer"]
 
 
 def test_what_others_left_behind_is_not_there(edge, client, problem):

@@ -315,6 +315,12 @@ def test_processes_that_do_not_run_are_not_well():
     assert "Not well: it never happened yet that a worker was heard." in found.sentences
 
 
+def test_a_later_attempt_says_so():
+    found = said(job(Status.PENDING_GPU, attempt=2, interruptions=1))
+    assert found.sentences[1] == "This is attempt 2 of 4."
+    assert not any("attempt" in words for words in said(job(Status.PENDING)).sentences)
+
+
 def test_every_status_can_be_explained():
     for status in Status:
         assert said(job(status)).sentences
