@@ -15,9 +15,10 @@ from granian.rsgi import ProtocolClosed
 
 from gpu_agent import wire
 from infra.settings import Settings
+from orchestrator import streams
 from orchestrator.app import MAX_BODY, create_app
 from orchestrator.deps import Deps
-from orchestrator.rsgi import Server
+from orchestrator.rsgi import THREADS, Server
 from state import record
 from state.events import Attempt, Dataset, DatasetStatus, Secret
 from state.job import JobRequest
@@ -140,6 +141,19 @@ class _Nothing:
         return ""
 
 
+@dataclass(frozen=True)
+class _Word:
+    """A channel with one word to say."""
+
+    jobs = ()
+
+    def head(self, tx: Any, jobs: Any) -> int:
+        return 1
+
+    def news(self, tx: Any, since: int | None, head: int) -> streams.News:
+        return streams.News(data=b"" if since else streams.message("word"), at=head)
+
+
 @pytest.fixture
 def house(clock: Callable[[], Any]) -> House:
     store, now = MemoryStore(), clock()
@@ -178,6 +192,10 @@ def house(clock: Callable[[], Any]) -> House:
         return Response(
             (f"data: {number}\n\n" for number in range(3)), mimetype="text/event-stream"
         )
+
+    @app.get("/test/live")
+    def live() -> Response:
+        return streams.hub().open(_Word(), entry=streams.Entry("hash"), owner="a").response()
 
     @app.route("/test/echo/<path:rest>", methods=["GET", "POST"])
     def echo(rest: str) -> Response:
@@ -295,3 +313,28 @@ def test_reports_at_once_are_each_answered(house: House, clock: Any) -> None:
 
     asyncio.run(run())
     assert [exchange.status for exchange in exchanges] == [200] * 40
+
+
+def test_live_streams_hold_no_thread_and_end_with_the_server(house: House) -> None:
+    exchanges = [Exchange([]) for _ in range(THREADS + 8)]
+    beside = Exchange([])
+
+    async def run() -> None:
+        server = Server(house.app)
+        server.__rsgi_init__(asyncio.get_running_loop())
+        followed = [
+            asyncio.ensure_future(server.__rsgi__(Scope("GET", "/test/live", Headers([])), item))
+            for item in exchanges
+        ]
+        while not all(len(item.stream.sent) == 2 for item in exchanges):
+            await asyncio.sleep(0.001)
+        await server.__rsgi__(Scope("GET", "/test/echo/x", Headers([])), beside)
+        assert not any(task.done() for task in followed)
+        house.app.extensions["streams"].stop()
+        await asyncio.gather(*followed)
+
+    asyncio.run(run())
+    assert beside.status == 200
+    for item in exchanges:
+        assert item.stream.sent == [streams.HELLO, b"data: word\n\n"]
+        assert item.headers["cache-control"] == "no-store"

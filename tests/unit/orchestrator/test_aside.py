@@ -1,0 +1,87 @@
+"""The process that looks at pages: what it answers, and that its end costs one look."""
+
+from __future__ import annotations
+
+import io
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from infra.settings import Settings
+from orchestrator.dashboard import aside
+from orchestrator.dashboard.aside import Aside
+from orchestrator.dashboard.live import LocalLooker, Page
+from state.errors import NotFound, StoreUnavailable
+from state.memory import MemoryStore
+
+HERE = "tests.unit.orchestrator.test_aside:application"
+
+
+class _Deps:
+    store, settings = MemoryStore(), Settings()
+
+
+class _Board(LocalLooker):
+    """A looker at pages that show their own name."""
+
+    def __init__(self, app: Any) -> None:
+        super().__init__(app, _Deps())  # type: ignore[arg-type]  # all that is asked of it
+
+    def _seen(self, tx: Any, page: Page) -> Any:
+        if page.name == "missing":
+            raise NotFound("no such job")
+        if page.name == "away":
+            raise StoreUnavailable("nobody is there")
+        if page.name == "fault":
+            raise ZeroDivisionError
+        return page.what
+
+    def fragments(self, tx: Any, page: Page, before: int | None, after: int) -> str:
+        return f"{self._kept.get((page, before or 0))} to {self._kept[page, after]}"
+
+
+def application() -> Any:
+    """What the process is told to make."""
+    return SimpleNamespace(extensions={"looker": _Board(None)})
+
+
+def told(*asked: list[Any]) -> list[Any]:
+    out = io.StringIO()
+    lines = "".join(json.dumps(item) + "\n" for item in asked)
+    aside.answers(_Board(None), io.StringIO(lines), out)
+    return [json.loads(line) for line in out.getvalue().splitlines()]
+
+
+def test_a_page_that_stays_the_same_keeps_its_number() -> None:
+    (_, first), (_, again), (_, other) = told(
+        ["look", "x", "one"], ["look", "x", "one"], ["look", "x", "two"]
+    )
+    assert first == again != other
+
+
+def test_each_fault_is_told_as_what_it_is() -> None:
+    kinds = [kind for kind, _ in told(["look", "missing", ""], ["look", "away", ""])]
+    assert kinds == ["missing", "away"]
+    ((kind, words),) = told(["look", "fault", "secret"])
+    assert (kind, "secret" in words) == ("fault", False)
+
+
+@pytest.fixture
+def other() -> Any:
+    made = Aside(HERE)
+    yield made
+    made.close()
+
+
+def test_a_looker_that_died_starts_again_and_knows_no_earlier_look(other: Aside) -> None:
+    tx: Any = None  # the process has its own
+    page = Page("x", "one")
+    first = other.look(tx, page)
+    assert other.look(tx, page) == first
+    other.close()
+    second = other.look(tx, page)
+    assert second != first
+    assert other.fragments(tx, page, first, second) == "None to one"
+    assert other.fragments(tx, page, second, second) == "one to one"
