@@ -588,8 +588,7 @@ def reads(deps: Deps) -> APIBlueprint:
 
     @api.get("/<job_id>/logs", operation_id="list_logs", responses={"200": Logs})
     def list_logs(path: schemas.JobPath, query: LogsQuery) -> Response:
-        """What its agent and trainer wrote, oldest first; as `text/event-stream`, also what they
-        write yet"""
+        """What its agent and trainer wrote; as `text/event-stream`, also what comes"""
         with deps.store.transaction() as tx:
             job = visible(tx, path.job_id, auth.caller())
             if streams.wanted():
