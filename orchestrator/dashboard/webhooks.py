@@ -145,9 +145,15 @@ def register(pages: Blueprint, deps: Deps, waker: Waker) -> None:
     def rotate(endpoint_id: str) -> Response | str:
         def move() -> Response | str:
             overlap = timedelta() if request.form.get("now") else places.OVERLAP
-            fresh, again = webhook_endpoints.rotate(
-                deps, g.caller, endpoint_id, overlap, _form_key()
-            )
+            try:
+                fresh, again = webhook_endpoints.rotate(
+                    deps, g.caller, endpoint_id, overlap, _form_key()
+                )
+            except Refusal as refusal:
+                if refusal.code != "rotating":
+                    raise
+                words = "It was rotated lately, and both secrets are good; “It leaked” ends both."
+                raise Refusal(409, refusal.code, words) from None
             if again:
                 return done("The secret was rotated already; the new one was shown then.")
             return show(fresh=fresh)

@@ -99,6 +99,12 @@ def test_a_rotated_secret_is_shown_once_and_the_old_one_stays_good(edge: Any, br
     assert not SECRET.search(browser.get("/webhooks").text)
     with edge.store.transaction() as tx:
         assert len(tx.webhook_secrets(made.id)) == 2
+    post(edge, browser, f"/webhooks/{made.id}/rotate", form_key="form_3")
+    assert "“It leaked” ends both" in browser.get("/webhooks").text
+    page = post(edge, browser, f"/webhooks/{made.id}/rotate", form_key="form_4", now="1")
+    assert SECRET.search(page.text)
+    with edge.store.transaction() as tx:
+        assert len(tx.webhook_secrets(made.id)) == 1
 
 
 def test_a_url_that_cannot_be_called_is_refused_beside_its_field(edge: Any, browser: Any) -> None:
