@@ -158,29 +158,29 @@ def test_a_new_endpoint_shows_its_secret_once_on_stdout(stoker: Stoker) -> None:
     assert "not shown again" in err
 
 
-@pytest.mark.parametrize(
-    ("words", "code", "said"),
-    [
-        (("webhooks", "add", "http://example.com"), 2, "/url must begin with https://"),
-        (("webhooks", "add", URL, "--events", "job.exploded"), 2, "/events/0"),
-        (("webhooks", "show", "we_none"), 5, "`stoker webhooks ls`"),
-        (("webhooks", "rm", "../jobs"), 5, "`stoker webhooks ls`"),
-        (("events", "resend", "job_none.1"), 5, "`stoker deliveries ls`"),
-        (("deliveries", "ls", "--status", "lost"), 2, "/status"),
-        (("trigger", "job.completed"), 1, "stoker listen"),
-        (("listen", "--forward-to", "ftp://x"), 2, "is no URL"),
-        (("listen", "--forward-to", "http://[bad"), 2, "is no URL"),
-        (("listen", "--secret", "hunter2"), 2, "the secret is no use"),
-    ],
-)
-def test_what_goes_wrong_is_said_in_three_lines(
-    stoker: Stoker, words: tuple[str, ...], code: int, said: str
-) -> None:
-    ended, out, err = stoker(*words)
-    assert (ended, out) == (code, "")
-    assert said in err
-    assert "hunter2" not in err
-    assert [line.split(":")[0].strip() for line in err.splitlines()] == ["error", "why", "next"]
+#: A command, its exit code, and what must be among its words.
+WRONG: list[tuple[tuple[str, ...], int, str]] = [
+    (("webhooks", "add", "http://example.com"), 2, "/url must begin with https://"),
+    (("webhooks", "add", URL, "--events", "job.exploded"), 2, "/events/0"),
+    (("webhooks", "show", "we_none"), 5, "`stoker webhooks ls`"),
+    (("webhooks", "rm", "../jobs"), 5, "`stoker webhooks ls`"),
+    (("events", "resend", "job_none.1"), 5, "`stoker deliveries ls`"),
+    (("deliveries", "ls", "--status", "lost"), 2, "/status"),
+    (("trigger", "job.completed"), 1, "stoker listen"),
+    (("listen", "--forward-to", "ftp://x"), 2, "is no URL"),
+    (("listen", "--forward-to", "http://[bad"), 2, "is no URL"),
+    (("listen", "--secret", "hunter2"), 2, "the secret is no use"),
+]
+
+
+def test_what_goes_wrong_is_said_in_three_lines(stoker: Stoker) -> None:
+    for words, code, said in WRONG:
+        ended, out, err = stoker(*words)
+        assert (ended, out) == (code, ""), words
+        assert said in err
+        assert "hunter2" not in err
+        heads = [line.split(":")[0].strip() for line in err.splitlines()]
+        assert heads == ["error", "why", "next"], err
 
 
 def test_a_webhook_that_nobody_took_is_listed_and_sent_again(stoker: Stoker) -> None:
