@@ -55,6 +55,12 @@ def test_alerts_ask_for_metrics_that_exist(shown: frozenset[str]) -> None:
         assert set(METRIC.findall(rule["expr"])) <= shown, rule["alert"]
 
 
+def test_the_pages_tell_of_metrics_that_exist(shown: frozenset[str]) -> None:
+    for page in (ROOT / "docs").rglob("*.md"):
+        told = set(METRIC.findall(page.read_text())) - {"stoker_client"}
+        assert told <= shown, page.name
+
+
 def test_the_dashboard_shows_metrics_that_exist(shown: frozenset[str]) -> None:
     asked = list(queries())
     assert len(asked) > 20
