@@ -126,10 +126,10 @@ def main() -> None:
     told = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's is for the parent
-    with contextlib.suppress(OSError):
-        os.nice(NICENESS)
     module, _, name = sys.argv[1].partition(":")
     app = getattr(importlib.import_module(module), name)()
+    with contextlib.suppress(OSError):
+        os.nice(NICENESS)  # only now: somebody waits for its start
     answers(app.extensions["looker"], sys.stdin, told)
 
 

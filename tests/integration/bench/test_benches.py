@@ -10,7 +10,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from orchestrator.bench import latency, reconcile
+from orchestrator.bench import latency, pages, reconcile
 from orchestrator.bench.place import children, memory_mb
 from orchestrator.cli import app
 
@@ -97,3 +97,16 @@ def test_a_bench_prints_a_table_with_its_bar(bench, capsys: pytest.CaptureFixtur
 def test_memory_of_a_process_that_is_gone_is_not_made_up() -> None:
     assert memory_mb(2**22 + 1) is None
     assert os.getpid() in children(os.getppid())
+
+
+def test_the_pages_bench_times_fleet_and_sees_its_streams_live(server_url: str) -> None:
+    before = databases(server_url)
+    sizes = pages.Sizes(training=4, waiting=1, stalled=1, ended=10, events=12)
+    got = pages.run(server_url, pairs=1, seconds=3.0, sizes=sizes, streams=3, views=3)
+    assert (got["ran_on"]["jobs"], got["ran_on"]["events"]) == (16, 192)
+    assert got["fleet"]["median_ms"] > 0
+    assert got["receiver"]["with"]["statuses"].keys() == {"200"}
+    assert got["receiver"]["p99_ratio"] > 0
+    assert got["streams"]["fewest_messages_of_one"] >= 1
+    assert got["streams"]["ended"] == 0
+    assert databases(server_url) == before
