@@ -51,6 +51,10 @@ SPACING = {"search": 6.0, "create": 4.5, "show": 2.0, "list": 1.0, "destroy": 3.
 SMALLEST_SPACING = 1.0
 #: How long a thread waits for its turn, where that is not the timeout: a search can come later.
 PATIENCE_S = {"search": 1.0}
+#: For so many turns a search's answer serves those who ask the same. More than one: who wants two
+#: answers (on demand, and by bid) gets the second a turn after the first. An offer that is gone
+#: meanwhile is refused, and the next is tried.
+SHARED_TURNS = 3
 #: Queries whose turns are remembered besides those with an answer.
 MAX_TURNS = 100
 #: What a refused create adds to its spacing (seconds).
@@ -258,7 +262,7 @@ class _Spacing:
 
 
 class _Searches:
-    """What searches answered lately: jobs that want the same share one search in each of Vast's
+    """What searches answered lately: jobs that want the same share one search in a few of Vast's
     turns, else fifty jobs that nothing fits would keep a new one from asking for minutes."""
 
     def __init__(self, life: float, clock: Callable[[], float]) -> None:
@@ -312,7 +316,7 @@ class VastProvider:
         self._client = _Client(self._key, server_url.rstrip("/"), timeout)
         self._timeout, self._clock, self._sleep = timeout, clock, sleep
         self._spacing = _Spacing(spacing, clock, sleep)
-        self._searches = _Searches(SPACING["search"] * spacing, clock)
+        self._searches = _Searches(SHARED_TURNS * SPACING["search"] * spacing, clock)
 
     def __repr__(self) -> str:
         return f"VastProvider({self._client.server_url!r})"
