@@ -6,8 +6,8 @@ A view authenticates, says what is followed, and answers with a feed:
     return feed.response()
 
 What is followed is a `Channel`: a small hashable value. As long as it has a reader, the hub of
-this process asks it once a second (seldomer where a look takes long, so that looking never takes
-more than a sixth of the time), on a thread of the hub's own, what is the case now (`head`) and
+this process asks it once a second (seldomer where a look takes long, but each three seconds), on a
+thread of the hub's own, what is the case now (`head`) and
 what that means for somebody who knows it as it was (`news`). Readers who stand at the same place
 get the same bytes, rendered once. Nobody is told by the database: a NOTIFY in each commit would
 queue the receiver's commits behind one lock, and a look is a few statements by primary key.
@@ -48,8 +48,8 @@ from state.store import Store, Transaction
 
 #: How often a channel with readers is looked at.
 TICK_S = 1.0
-#: One whose look takes long rests so many times as long as that took.
-REST = 5
+#: One whose look takes long rests so many times as long as that took, but no longer than that.
+REST, LONGEST_REST_S = 5, 3.0
 #: A stream that says nothing for so long says that it is alive; proxies give up at 30 to 60 s.
 HEARTBEAT = timedelta(seconds=15)
 #: How old the knowledge that a reader's key is good may be.
@@ -413,7 +413,7 @@ class Hub:
             self._away = False
             _log.info("streams see the database again")
         for channel, took in found.took.items():
-            self._resting[channel] = now + timedelta(seconds=REST * took)
+            self._resting[channel] = now + timedelta(seconds=min(REST * took, LONGEST_REST_S))
         for reader in doubtful:
             reader.admitted_at = now
             if reader.feed.entry in found.refused:
