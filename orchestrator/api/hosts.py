@@ -20,7 +20,7 @@ from state.events import HostRecord
 from state.store import Transaction
 
 
-class Host(Out):
+class RememberedHost(Out):
     """A machine as the market numbers it, whatever offer it comes under."""
 
     machine_id: str
@@ -41,7 +41,7 @@ class Host(Out):
 
 
 class Hosts(Out):
-    data: list[Host]
+    data: list[RememberedHost]
     total: int
 
 
@@ -59,9 +59,9 @@ class BlockIn(In):
     reason: Annotated[Text, Field(min_length=1, max_length=200)]
 
 
-def shown(host: HostRecord, now: datetime) -> Host:
+def shown(host: HostRecord, now: datetime) -> RememberedHost:
     name = memory.standing(host, now)
-    return Host(
+    return RememberedHost(
         machine_id=host.machine_id,
         gpu=host.gpu_name,
         geo=host.geo,
@@ -88,7 +88,7 @@ def _known(tx: Transaction, machine_id: str) -> HostRecord:
     return host
 
 
-def remembered(deps: Deps) -> list[Host]:
+def remembered(deps: Deps) -> list[RememberedHost]:
     """All machines that are remembered; those to look at first."""
     now = deps.clock()
     with deps.store.transaction() as tx:
@@ -96,7 +96,7 @@ def remembered(deps: Deps) -> list[Host]:
     return [shown(host, now) for host in known]
 
 
-def block(deps: Deps, machine_id: str, body: BlockIn) -> Host:
+def block(deps: Deps, machine_id: str, body: BlockIn) -> RememberedHost:
     """No job is to rent it any more; one that was never rented may be blocked too.
 
     Raises: NotFound, for what cannot be a machine's number.
@@ -110,7 +110,7 @@ def block(deps: Deps, machine_id: str, body: BlockIn) -> Host:
     return shown(host, deps.clock())
 
 
-def unblock(deps: Deps, machine_id: str) -> Host:
+def unblock(deps: Deps, machine_id: str) -> RememberedHost:
     """Jobs may rent it again, at once. Raises: NotFound."""
     with deps.store.transaction() as tx:
         host = memory.unblocked(_known(tx, machine_id))
@@ -134,19 +134,21 @@ def hosts(deps: Deps) -> APIBlueprint:
         known = remembered(deps)
         return present.answer(Hosts(data=known[: query.limit], total=len(known)))
 
-    @api.get("/<machine_id>", operation_id="get_host", responses={"200": Host})
+    @api.get("/<machine_id>", operation_id="get_host", responses={"200": RememberedHost})
     def show(path: HostPath) -> Response:
         """One machine"""
         with deps.store.transaction() as tx:
             host = _known(tx, path.machine_id)
         return present.answer(shown(host, deps.clock()))
 
-    @api.post("/<machine_id>/block", operation_id="block_host", responses={"200": Host})
+    @api.post("/<machine_id>/block", operation_id="block_host", responses={"200": RememberedHost})
     def block_host(path: HostPath, body: BlockIn) -> Response:
         """No job is to rent it any more; one that runs on it is left to end"""
         return present.answer(block(deps, path.machine_id, body))
 
-    @api.post("/<machine_id>/unblock", operation_id="unblock_host", responses={"200": Host})
+    @api.post(
+        "/<machine_id>/unblock", operation_id="unblock_host", responses={"200": RememberedHost}
+    )
     def unblock_host(path: HostPath) -> Response:
         """Jobs may rent it again, at once: what it did wrong before is forgotten"""
         return present.answer(unblock(deps, path.machine_id))

@@ -13,7 +13,7 @@ from werkzeug.datastructures import MultiDict
 from werkzeug.wrappers import Response
 
 from orchestrator.api import account, auth, hosts, instances, offers, spend, sweeps
-from orchestrator.api.hosts import BlockIn, Host
+from orchestrator.api.hosts import BlockIn, RememberedHost
 from orchestrator.api.offers import MarketOffer, OffersQuery
 from orchestrator.api.problems import Refusal, refusal_of
 from orchestrator.api.spend import SpendQuery, SpendRow
@@ -222,7 +222,7 @@ def _view(args: MultiDict[str, str]) -> tuple[int, GroupBy]:
     return days, group_by
 
 
-def _market(deps: Deps, known: Sequence[Host]) -> tuple[dict[str, MarketOffer], str]:
+def _market(deps: Deps, known: Sequence[RememberedHost]) -> tuple[dict[str, MarketOffer], str]:
     """By machine what the market offers of it now; and why that is unknown, if so."""
     names = sorted({host.gpu for host in known if host.gpu})[:20]
     if not names:

@@ -179,3 +179,21 @@ def test_problems_of_a_database_outage_ask_for_another_try(edge, client, monkeyp
 def test_answers_are_compact_json(client, alice):
     text = client.get("/v1/jobs", headers=alice).text
     assert json.loads(text) == {"data": [], "has_more": False, "next_cursor": None}
+
+
+@without_database
+def test_no_two_models_share_a_name(edge):
+    """In the description one would take the other's place, and clients would read it wrongly."""
+    import sys
+
+    from pydantic import BaseModel
+
+    named = {}
+    for name, module in list(sys.modules.items()):
+        if name.startswith("orchestrator.api"):
+            for value in vars(module).values():
+                if isinstance(value, type) and issubclass(value, BaseModel):
+                    named.setdefault(value.__name__, set()).add(value)
+    named.pop("BaseModel")
+    assert {name for name, models in named.items() if len(models) > 1} == set()
+    assert len(named) > 50
