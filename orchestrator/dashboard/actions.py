@@ -66,26 +66,32 @@ def register(pages: Blueprint, deps: Deps, waker: Waker) -> None:
 
         return change(job_id, move, "Samples are ordered; they come within a minute or so.")
 
-    def switch(stopped: bool, why: str, done: str) -> Response:
-        with deps.store.transaction() as tx:
-            brakes.switch(tx, stopped=stopped, why=why, now=deps.clock())
-        flash(done, "ok")
-        return redirect(url_for("pages.fleet"), 303)
+    def back() -> Response:
+        """To the page whose button it was: Fleet, or Money & hosts."""
+        page = "pages.money" if request.form.get("back") == "money" else "pages.fleet"
+        return redirect(url_for(page), 303)
 
     @pages.post("/renting/stop")
     def stop_renting() -> Response:
-        why = f"{auth.caller().owner} said so on the Fleet page"
-        return switch(True, why, "No machine is rented any more, until you resume it.")
+        said = request.form.get("why", "").replace("\0", "").strip()[:200]
+        why = said or f"{auth.caller().owner} said so on a page"
+        with deps.store.transaction() as tx:
+            brakes.switch(tx, stopped=True, why=why, now=deps.clock())
+        flash("No machine is rented any more, until you resume it.", "ok")
+        return back()
 
     @pages.post("/renting/resume")
     def resume_renting() -> Response:
-        said = "Machines are rented again."
+        with deps.store.transaction() as tx:
+            brakes.switch(tx, stopped=False, why="", now=deps.clock())
         if deps.settings.kill_switch:
-            said = "STOKER_KILL_SWITCH is set: nothing is rented until it is unset."
-        return switch(False, "", said)
+            flash("STOKER_KILL_SWITCH is set: nothing is rented until it is unset.", "error")
+        else:
+            flash("Machines are rented again.", "ok")
+        return back()
 
     @pages.post("/sweep")
     def sweep_now() -> Response:
         sweeps.sweep(deps, dry_run=False)
-        flash("A look at the account is ordered; what nobody needs is destroyed by it.", "ok")
-        return redirect(url_for("pages.fleet"), 303)
+        flash("The account is looked at within seconds; what nobody needs is destroyed.", "ok")
+        return back()

@@ -12,13 +12,13 @@ from pydantic import ValidationError
 from werkzeug.datastructures import MultiDict
 from werkzeug.wrappers import Response
 
-from orchestrator.api import account, auth, hosts, instances, offers, spend, sweeps
+from orchestrator.api import account, hosts, instances, offers, spend, sweeps
 from orchestrator.api.hosts import BlockIn, RememberedHost
 from orchestrator.api.offers import MarketOffer, OffersQuery
 from orchestrator.api.problems import Refusal, refusal_of
 from orchestrator.api.spend import SpendQuery, SpendRow
 from orchestrator.deps import Deps
-from state import alarms, brakes
+from state import alarms
 from state.errors import StokerError
 from state.spending import GroupBy
 
@@ -162,32 +162,14 @@ def register(pages: Blueprint, deps: Deps) -> None:
             fault=fault,
         )
 
-    @pages.post("/money/sweep", endpoint="money_sweep")
-    def sweep() -> Response | str:
+    @pages.post("/money/sweep", endpoint="dry_sweep")
+    def dry_sweep() -> Response | str:
+        """What a sweep would do now; `actions` has the button that orders one."""
         try:
-            made = sweeps.sweep(deps, dry_run=bool(request.form.get("dry_run")))
+            return show(looked=sweeps.sweep(deps, dry_run=True))
         except (Refusal, StokerError) as error:
             flash(refusal_of(error).detail, "error")
             return redirect(url_for("pages.money"), 303)
-        if made.dry_run:
-            return show(looked=made)
-        flash("The account is looked at within seconds; what nobody needs is destroyed.", "ok")
-        return redirect(url_for("pages.money"), 303)
-
-    @pages.post("/money/renting", endpoint="money_renting")
-    def renting() -> Response:
-        stopped = request.form.get("stopped") == "1"
-        said = request.form.get("why", "").replace("\0", "").strip()
-        why = said[:200] or f"{auth.caller().owner} said so"
-        with deps.store.transaction() as tx:
-            brakes.switch(tx, stopped=stopped, why=why if stopped else "", now=deps.clock())
-        if stopped:
-            flash("No machine is rented any more, until you resume it.", "ok")
-        elif deps.settings.kill_switch:
-            flash("STOKER_KILL_SWITCH is set: nothing is rented until it is unset.", "error")
-        else:
-            flash("Machines are rented again.", "ok")
-        return redirect(url_for("pages.money"), 303)
 
     @pages.post("/money/hosts/block", endpoint="block_host")
     def block() -> Response:

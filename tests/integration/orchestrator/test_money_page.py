@@ -113,27 +113,27 @@ def test_without_a_market_the_machines_are_shown_all_the_same(edge: Any, browser
 
 
 def test_renting_is_stopped_with_a_reason_and_resumed(edge: Any, browser: Any) -> None:
-    post(edge, browser, "/money/renting", stopped="1", why="prices are \0mad")
+    post(edge, browser, "/renting/stop", back="money", why="prices are \0mad")
     page = browser.get("/money").text
     assert "prices are mad" in page
     assert "Resume renting" in page
-    post(edge, browser, "/money/renting")
+    post(edge, browser, "/renting/resume", back="money")
     assert "Stop renting" in browser.get("/money").text
 
 
 def test_a_sweep_is_asked_for_and_a_dry_run_without_a_market_says_why(
     edge: Any, browser: Any
 ) -> None:
-    post(edge, browser, "/money/sweep")
+    post(edge, browser, "/sweep", back="money")
     assert "within seconds" in browser.get("/money").text
-    post(edge, browser, "/money/sweep", dry_run="1")
+    post(edge, browser, "/money/sweep")
     assert "no market to ask" in browser.get("/money").text
 
 
 def test_nothing_is_changed_without_the_pages_token(edge: Any, browser: Any) -> None:
     remember(edge, "7")
-    for path in ("/money/renting", "/money/sweep", "/money/hosts/block", "/money/hosts/unblock"):
-        fields = {"machine_id": "7", "reason": "x", "stopped": "1"}
+    for path in ("/renting/stop", "/money/sweep", "/money/hosts/block", "/money/hosts/unblock"):
+        fields = {"machine_id": "7", "reason": "x"}
         assert browser.post(path, data=fields).status_code == 400
     with edge.store.transaction() as tx:
         assert not tx.host("7").blocked
