@@ -116,6 +116,10 @@ def up(
                     markup=False,
                 )
             err.print("next: `stoker doctor`, `stoker train --help`; Ctrl-C ends it", markup=False)
+            err.print(
+                "the pages want an operator's key: `stoker keys create me --scope operator`",
+                markup=False,
+            )
             over.wait()
         err.print("ending …")
 
