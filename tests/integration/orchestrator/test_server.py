@@ -16,9 +16,10 @@ import requests
 from gpu_agent import wire
 from infra.crypto import SecretBox
 from infra.store import SqlStore
+from orchestrator.api.auth import hash_of
 from orchestrator.api.ids import new_id
 from state import record
-from state.events import Attempt, Dataset, DatasetStatus, Secret
+from state.events import ApiKey, Attempt, Dataset, DatasetStatus, Secret
 from state.job import JobRequest
 
 
@@ -46,6 +47,25 @@ class Site:
                 )
             )
         return job, secret
+
+    def customer(self) -> tuple[str, str]:
+        """An API key, and a dataset of its owner."""
+        now = datetime.now(UTC)
+        key = new_id("stk_live", now)
+        dataset = Dataset(id=new_id("ds", now), owner="b", created_at=now)
+        with self.store.transaction() as tx:
+            tx.add_dataset(dataset.evolve(status=DatasetStatus.READY))
+            tx.add_api_key(
+                ApiKey(
+                    id=new_id("key", now),
+                    owner="b",
+                    name="b",
+                    hash=hash_of(key),
+                    scopes=frozenset({"jobs:read", "jobs:write"}),
+                    created_at=now,
+                )
+            )
+        return key, dataset.id
 
     def post(self, job: str, secret: str, seq: int) -> int:
         said = wire.Report(job=job, attempt=1, seq=seq, type=wire.Fact.HEARTBEAT, at=time.time())
@@ -77,6 +97,26 @@ def test_the_same_report_at_both_processes_is_one_event(site: Site) -> None:
         stored = tx.job(job)
     assert [event.type for event in events].count("heartbeat") == 5
     assert [event.seq for event in events] == list(range(1, stored.seq + 1))
+
+
+def test_twenty_orders_with_one_key_at_once_are_one_job(site: Site) -> None:
+    key, dataset = site.customer()
+
+    def order(_: int) -> requests.Response:
+        return requests.post(
+            f"{site.url}/v1/jobs",
+            json={"dataset_id": dataset, "base": "civitai:1"},
+            headers={"Authorization": f"Bearer {key}", "Idempotency-Key": "order-42"},
+            timeout=30,
+        )
+
+    with ThreadPoolExecutor(20) as pool:
+        answers = list(pool.map(order, range(20)))
+    assert {answer.status_code for answer in answers} <= {202, 409}  # 409: the first is under way
+    jobs = {answer.json()["id"] for answer in answers if answer.status_code == 202}
+    with site.store.transaction() as tx:
+        assert {job.id for job in tx.list_jobs(owner="b")} == jobs
+    assert len(jobs) == 1
 
 
 def test_a_body_of_ten_megabytes_is_refused(site: Site) -> None:
