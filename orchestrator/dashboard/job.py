@@ -133,7 +133,8 @@ def look(tx: Transaction, job: Job, deps: Deps) -> Look:
         cost=reads.cost(job, leases, now),
         checkpoints=tuple(reads.checkpoints(tx, job).data),
         samples=tuple(reads.samples(tx, job).data),
-        files=tuple(tx.artefacts(job.id)),
+        # the weights first, for they are what somebody came for
+        files=tuple(sorted(tx.artefacts(job.id), key=lambda file: "/" in file.name)),
         deliveries=tuple(present.delivery(item, tries) for item in tx.list_outgoing(job.id)),
         explained=explained,
         standing=_standing(explained),

@@ -90,7 +90,6 @@ function marks(u) {
   ctx.beginPath();
   ctx.rect(bbox.left, bbox.top, bbox.width, bbox.height);
   ctx.clip();
-  ctx.textAlign = "center";
   ctx.font = `${14 * devicePixelRatio}px system-ui`;
   const [plain, best] = [colour("muted"), colour("ok")];
   const last = checkpoints.findLastIndex(([, , isBest]) => isBest);
@@ -104,7 +103,9 @@ function marks(u) {
     ctx.moveTo(x, bbox.top);
     ctx.lineTo(x, bbox.top + bbox.height);
     ctx.stroke();
-    if (index === last) ctx.fillText("★", x, bbox.top + 14 * devicePixelRatio);
+    if (index !== last) return;
+    ctx.textAlign = x > bbox.left + bbox.width / 2 ? "right" : "left"; // whole at either edge
+    ctx.fillText(" ★ ", x, bbox.top + 14 * devicePixelRatio);
   });
   ctx.restore();
 }

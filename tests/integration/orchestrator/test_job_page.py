@@ -189,13 +189,14 @@ def test_files_are_listed_with_size_and_hash_and_can_be_had(edge: Any) -> None:
                     verified=True,
                     expired=name == "old.log",
                 )
-                for name in ("lora.safetensors", "old.log")
+                for name in ("samples/1.png", "lora.safetensors", "old.log")
             ]
         )
     browser = edge.page()
     files = part_of(open_page(edge, job, browser), "job-files")
     assert "3.4 MB" in files
     assert SHA in files
+    assert files.index("lora.safetensors") < files.index("samples/1.png"), "weights come first"
     assert "/files/old.log" not in files
     answer = browser.get(f"/jobs/{job.id}/files/lora.safetensors")
     assert answer.status_code == 302
