@@ -17,7 +17,7 @@ from rich.console import Console
 from orchestrator.cli.demo import skimage_photos
 from orchestrator.cli.jobs import photo_files, upload_dataset
 from orchestrator.cli.stage import Stage, descendants, free_port, is_running
-from stand.running import Customer, Stoker, running_from, until
+from stand.running import Customer, Stoker, argv_of, running_from, until
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
@@ -68,7 +68,7 @@ def stoker(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> Iterator[S
             running = Stoker(stage, client, services, dataset)
             until(lambda: client.get(f"/v1/datasets/{dataset}")["status"] == "ready", "a dataset")
             yield running
-    assert not stage.left(), "processes were left"
+    assert {pid: argv_of(pid) for pid in stage.left()} == {}, "processes were left"
     until(lambda: not running_from(root), "no orphan of a killed process is left", 10.0)
 
 
