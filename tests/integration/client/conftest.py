@@ -5,18 +5,14 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from stand.made import Made, make_client
+
 REPOSITORY = Path(__file__).parents[3]
-PYTHON = (
-    *("openapi-python-client==0.29.1", "httpx==0.28.1", "python-dateutil==2.9.0.post0"),
-    *("django==5.2.8", "standardwebhooks==1.1.0"),
-)
 PACKAGES = (
     "openapi-typescript@7.13.0",
     "typescript@5.9.3",
@@ -25,46 +21,10 @@ PACKAGES = (
 )
 
 
-def run(*argv: object, cwd: Path | None = None) -> str:
-    done = subprocess.run(
-        [str(word) for word in argv], cwd=cwd, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, f"{argv}: {done.stdout}{done.stderr}"
-    return done.stdout
-
-
-@dataclass(frozen=True)
-class Made:
-    """The generated client, installed where its dependencies are."""
-
-    folder: Path
-    python: Path
-
-    def run(self, program: str) -> str:
-        return run(self.python, "-c", program, cwd=self.folder)
-
-
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     """The client, generated from the committed description."""
-    place = tmp_path_factory.mktemp("client")
-    run(sys.executable, "-m", "venv", place / "venv")
-    binaries = place / "venv" / "bin"
-    got = subprocess.run(
-        [binaries / "python", "-m", "pip", "install", "--quiet", *PYTHON],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    away = "(from versions: none)" in got.stderr or "connection broken" in got.stderr
-    if got.returncode and away:
-        pytest.skip(f"no package index can be reached: {got.stderr[-300:]}")
-    assert got.returncode == 0, got.stderr
-    spec = REPOSITORY / "docs/openapi.json"
-    generator = binaries / "openapi-python-client"
-    out = place / "made"
-    run(sys.executable, "-m", "infra.client", "--spec", spec, "--generator", generator, out)
-    return Made(out, binaries / "python")
+    return make_client(tmp_path_factory.mktemp("client"))
 
 
 @pytest.fixture(scope="session")
