@@ -1,6 +1,5 @@
 """What follows from a recipe that says little, and which recipes are refused."""
 
-import re
 from pathlib import Path
 
 import pytest
@@ -10,11 +9,8 @@ from gpu_agent.recipe import FAMILIES, QUALITIES, Recipe, RecipeError
 DOCS = Path(__file__).parents[3] / "docs" / "trainer.md"
 
 
-def test_the_page_lists_every_key_and_family():
+def test_the_page_tells_of_every_family():
     page = DOCS.read_text()
-    table = page[page.index("## The recipe") :]
-    listed = re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (.*?) \|", table, re.MULTILINE)))
-    assert set(Recipe().to_dict()) <= set(listed)
     assert [f"| `{name}` |" in page for name in FAMILIES] == [True] * len(FAMILIES)
 
 
