@@ -23,13 +23,10 @@ ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 
 
-@pytest.hookimpl(tryfirst=True)  # before the groups are made
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.e2e)
-            if "stoker" in getattr(item, "fixturenames", ()):
-                item.add_marker(pytest.mark.xdist_group("a whole Stoker"))
 
 
 @pytest.fixture(scope="session")
