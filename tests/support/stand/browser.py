@@ -131,6 +131,8 @@ class Reader:
             self.faults.append(f"a script opened a dialog: {box.message}")
             box.dismiss()
 
+        # Whoever listens only when the dialog is due may be heard too late by the browser.
+        page.on("filechooser", lambda chooser: None)
         page.on("console", console)
         page.on("pageerror", lambda error: self.faults.append(f"an error on {page.url}: {error}"))
         page.on("dialog", dialog)
