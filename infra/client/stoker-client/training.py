@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from http import HTTPStatus
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 import httpx
 
@@ -22,7 +22,6 @@ from .models.job import Job
 from .models.job_in import JobIn
 from .models.new_job import NewJob
 from .models.problem import Problem
-from .types import Response
 
 __all__ = ["JobEnded", "Refused", "Stoker"]
 
@@ -36,6 +35,21 @@ TRIES = 5
 LONG_POLL = 30
 
 Answer = TypeVar("Answer")
+Parsed = TypeVar("Parsed", covariant=True)
+
+
+class Answered(Protocol[Parsed]):
+    """What a function under `stoker_client.api` answers. (`Response` itself is invariant, which
+    hides what is in one of several kinds.)"""
+
+    @property
+    def status_code(self) -> HTTPStatus: ...
+
+    @property
+    def headers(self) -> MutableMapping[str, str]: ...
+
+    @property
+    def parsed(self) -> Parsed | None: ...
 
 
 class Refused(Exception):
@@ -145,11 +159,14 @@ class Stoker:
         known = str(photographs)
         dataset = known if known.startswith("ds_") else self.upload(photographs)
         order = {"dataset_id": dataset, "base": base, "recipe": dict(recipe or {}), **options}
-        return self.call(
+        made = self.call(
             create_job.sync_detailed,
             body=JobIn.from_dict(order),
             idempotency_key=idempotency_key or uuid.uuid4().hex,
         )
+        if not isinstance(made, NewJob):  # an estimate, which only `dry_run` is answered by
+            raise Refused(HTTPStatus.BAD_GATEWAY, None)
+        return made
 
     def wait(self, job_id: str, told: Callable[[Job], None] = lambda job: None) -> Job:
         """The job, once it is completed; `told` gets it whenever it changed.
@@ -188,7 +205,7 @@ class Stoker:
 
     def call(
         self,
-        function: Callable[..., Response[Answer | Problem]],
+        function: Callable[..., Answered[Answer | Problem]],
         *arguments: Any,
         **named: Any,
     ) -> Answer:
