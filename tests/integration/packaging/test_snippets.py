@@ -43,6 +43,7 @@ DRAWN = {f"docs/{name}.md" for name in docs.PAGES}
 #: Whose snippets are run by tests that stand elsewhere.
 ELSEWHERE = {
     ("docs/sandbox.md", "json"): "tests/unit/infra/sandbox/test_faults.py",
+    # the other one, a whole training, by tests/e2e/test_python_client.py
     ("docs/how-to/clients.md", "python"): "tests/integration/client/test_clients.py",
     ("docs/how-to/clients.md", "ts"): "tests/integration/client/test_clients.py",
     ("docs/how-to/webhooks.md", "python"): "tests/integration/client/test_clients.py",
@@ -145,10 +146,9 @@ def reader_of(snippet: Snippet) -> Callable[[str], object] | None:
 def test_data_is_taken_by_its_own_reader(snippet: Snippet) -> None:
     if (read := reader_of(snippet)) is not None:
         read(snippet.text)
-    elif snippet.page in DRAWN:  # `test_the_reference_is_drawn_from_the_code` has them
-        assert snippet.language not in {"json"} or json.loads(snippet.text)
-    else:
-        assert (snippet.page, snippet.language) in ELSEWHERE, "nobody reads it"
+    else:  # of what is drawn `test_the_reference_is_drawn_from_the_code` says that it is true
+        known = snippet.page in DRAWN or (snippet.page, snippet.language) in ELSEWHERE
+        assert known, "nobody reads it"
 
 
 def test_the_error_that_the_api_page_shows_is_one() -> None:
