@@ -232,6 +232,10 @@ def commands(text: str) -> Iterator[list[str]]:
             words.pop(0)
         if words and words[0] in ("stoker", "./stoker"):
             yield words[1:]
+        elif words[:1] == ["docker"] and "--rm" in words:  # `stoker` is the images' entry point
+            yield words[words.index("--rm") + 2 :]
+        elif words[:1] == ["kubectl"] and "--" in words:
+            yield words[words.index("--") + 2 :]
 
 
 CALLS = [
