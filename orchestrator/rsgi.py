@@ -28,6 +28,7 @@ from granian.rsgi import ProtocolClosed, ProtocolError
 from gpu_agent import wire
 from orchestrator.api.problems import Refusal
 from orchestrator.app import MAX_BODY
+from orchestrator.dashboard.live import Looker
 from orchestrator.streams import Feed, Hub
 from orchestrator.webhook import (
     Call,
@@ -136,7 +137,13 @@ class Server:
     def __rsgi_init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop, self._answers = loop, _Answers(loop)
         hub: Hub = self._app.extensions["streams"]
-        _before_shutdown(loop, hub.stop)
+        looker: Looker = self._app.extensions["looker"]
+
+        def end() -> None:
+            hub.stop()
+            looker.close()
+
+        _before_shutdown(loop, end)
 
     async def __rsgi__(self, scope: Scope, exchange: Exchange) -> None:
         call = self._receiver.call(scope.method, scope.path, scope.headers.get("x-request-id", ""))

@@ -42,6 +42,7 @@ class Aside:
         self._factory = factory
         self._process: subprocess.Popen[str] | None = None
         self._one = threading.Lock()
+        self._closed = False
 
     def look(self, tx: Transaction, page: Page) -> int:
         return int(self._ask("look", page.name, page.what))
@@ -50,7 +51,10 @@ class Aside:
         return str(self._ask("fragments", page.name, page.what, before, after))
 
     def close(self) -> None:
-        """End the process."""
+        """End the process, and look no more. A look that is under way ends as in an outage."""
+        self._closed = True
+        if (process := self._process) is not None:
+            process.kill()  # so that nobody waits for an answer, with the lock
         with self._one:
             self._end()
 
@@ -79,6 +83,8 @@ class Aside:
         return value
 
     def _started(self) -> subprocess.Popen[str]:
+        if self._closed:
+            raise StoreUnavailable("this process is about to end")
         if self._process is None or self._process.poll() is not None:
             env = {name: value for name, value in os.environ.items() if name != NOT_HANDED_DOWN}
             self._process = subprocess.Popen(

@@ -53,6 +53,9 @@ class Looker(Protocol):
     def fragments(self, tx: Transaction, page: Page, before: int | None, after: int) -> str:
         """HTML of what differs between two looks; of all, for who had none that is known."""
 
+    def close(self) -> None:
+        """Look no more."""
+
 
 class LocalLooker:
     """Looks here. Only ever used by one thread at a time."""
@@ -84,6 +87,9 @@ class LocalLooker:
             if page.name == "fleet":
                 return fleet.fragments(tx, known, self._kept[page, after])
             return job.fragments(tx, known, self._kept[page, after])
+
+    def close(self) -> None:
+        """Nothing runs between two looks."""
 
     def _seen(self, tx: Transaction, page: Page) -> Any:
         if page.name == "fleet":

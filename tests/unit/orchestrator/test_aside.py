@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+import os
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from infra.settings import Settings
+from orchestrator.cli.stage import descendants, is_running
 from orchestrator.dashboard import aside
 from orchestrator.dashboard.aside import Aside
 from orchestrator.dashboard.live import LocalLooker, Page
@@ -34,6 +37,8 @@ class _Board(LocalLooker):
             raise NotFound("no such job")
         if page.name == "away":
             raise StoreUnavailable("nobody is there")
+        if page.name == "death":
+            os._exit(1)
         if page.name == "fault":
             raise ZeroDivisionError
         return page.what
@@ -80,8 +85,26 @@ def test_a_looker_that_died_starts_again_and_knows_no_earlier_look(other: Aside)
     page = Page("x", "one")
     first = other.look(tx, page)
     assert other.look(tx, page) == first
-    other.close()
+    with pytest.raises(StoreUnavailable):
+        other.look(tx, Page("death", ""))
     second = other.look(tx, page)
     assert second != first
     assert other.fragments(tx, page, first, second) == "None to one"
     assert other.fragments(tx, page, second, second) == "one to one"
+
+
+def test_after_the_end_there_is_no_process_and_no_other_one(other: Aside) -> None:
+    tx: Any = None
+    other.look(tx, Page("x", "one"))
+    assert _beside() == 1
+    other.close()
+    assert _beside() == 0
+    with pytest.raises(StoreUnavailable):
+        other.look(tx, Page("x", "one"))
+    assert _beside() == 0
+
+
+def _beside() -> int:
+    """Processes of ours that look at pages and run."""
+    argv = [Path(f"/proc/{pid}/cmdline") for pid in descendants(os.getpid()) if is_running(pid)]
+    return sum(b"orchestrator.dashboard.aside" in path.read_bytes() for path in argv)
