@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,9 @@ from state import record
 from state.events import Event
 from state.job import Reason
 
+#: Enough for a curve; the picture shows a longer one.
+SHORT = {**TINY_RECIPE, "steps": 60, "validation_every": 30, "sample_every": 30}
+LONG = {**TINY_RECIPE, "sample_every": 25}
 PROMPTS = ["a photo of sks", "a photo of sks, at night"]
 #: What no GPU is called: a job that wants it waits until somebody cancels it.
 NOWHERE = {"gpu_names": ["RTX 0000"]}
@@ -110,16 +113,18 @@ def test_an_operator_trains_from_photographs_to_weights_by_keyboard(
     tab_to(page, "New training")
     page.keyboard.press("Enter")
     with Keeper() as backend:
-        secret = _order(page, backend.url, sorted(photos.iterdir()))
+        picture = request.config.getoption("--picture")
+        files, recipe = sorted(photos.iterdir()), LONG if picture else SHORT
+        secret = _order(page, reader, backend.url, files, recipe)
         page.evaluate(REMEMBER)
         job = page.url.rpartition("/")[2]
         aside = reader.tab("/")  # while that trains
         waiting = stoker.order(gpu=NOWHERE, metadata={"order": "43"})
         expect(aside.get_by_role("link", name=waiting)).to_be_visible()
-        for path, name in (("/", "fleet"), ("/new", "new"), (f"/jobs/{waiting}", "job-waiting")):
-            aside.goto(reader.url + path)
-            reader.inspect(aside, name)
-        _cancel(aside, waiting)
+        reader.inspect(aside, "fleet")
+        aside.get_by_role("link", name=waiting).click()
+        reader.inspect(aside, "job-waiting")
+        _cancel(aside, reader, waiting)
 
         ended = page.locator("#job-status .badge.s-completed")
         expect(ended).to_be_visible(timeout=TRAINING_MS)
@@ -135,7 +140,7 @@ def test_an_operator_trains_from_photographs_to_weights_by_keyboard(
         _replay(page, backend, secret, until)
 
     reader.inspect(page, "job")
-    if picture := request.config.getoption("--picture"):
+    if picture:
         _picture(page, Path(picture))
     page.goto(f"{reader.url}/webhooks")
     reader.inspect(page, "webhooks")
@@ -149,7 +154,9 @@ def test_an_operator_trains_from_photographs_to_weights_by_keyboard(
     expect(page.get_by_label("Operator's key")).to_be_visible()
 
 
-def _order(page: Page, webhook: str, photos: list[Path]) -> str:
+def _order(
+    page: Page, reader: Reader, webhook: str, photos: list[Path], recipe: Mapping[str, Any]
+) -> str:
     """Fill the form in, all but one photograph by keyboard; the webhook's secret."""
     drop(page, "#drop", photos[:1])
     expect(page.get_by_role("list", name="Chosen files").get_by_role("listitem")).to_have_count(1)
@@ -166,7 +173,7 @@ def _order(page: Page, webhook: str, photos: list[Path]) -> str:
         ("Trigger word", "sks"),
         ("Advanced", ""),
         ("Sample prompts", "\n".join(PROMPTS)),
-        ("Other recipe keys", json.dumps({**TINY_RECIPE, "sample_every": 25})),
+        ("Other recipe keys", json.dumps(recipe)),
         ("Webhook of this job", webhook),
     ):
         tab_to(page, place)
@@ -176,6 +183,7 @@ def _order(page: Page, webhook: str, photos: list[Path]) -> str:
             expect(page.locator("#found")).to_contain_text("Checkpoint")
             expect(page.get_by_label("Family")).to_have_value("sd1")
     expect(page.locator("#estimate .price")).to_contain_text("$")
+    reader.inspect(page, "new")
     tab_to(page, "Start training")
     page.keyboard.press("Enter")
     shown = page.get_by_role("dialog", name="The training has begun")
@@ -186,11 +194,12 @@ def _order(page: Page, webhook: str, photos: list[Path]) -> str:
     return secret
 
 
-def _cancel(page: Page, job: str) -> None:
+def _cancel(page: Page, reader: Reader, job: str) -> None:
     tab_to(page, "Cancel")
     page.keyboard.press("Enter")
     asked = page.get_by_role("dialog", name="Cancel this job?")
     expect(asked.get_by_role("button", name="Leave it")).to_be_focused()
+    reader.inspect(page, "job-cancel")
     tab_to(page, "Cancel the job")
     page.keyboard.press("Enter")
     expect(page.get_by_role("status").filter(has_text=f"Job {job} is cancelled")).to_be_visible()
@@ -270,7 +279,10 @@ def _block(page: Page, reader: Reader, stoker: Any, job: str) -> None:
 def _picture(page: Page, target: Path) -> None:
     """What the README shows of the Job page."""
     page.reload()  # what was said of the replay goes
-    page.locator("#plot canvas").wait_for()
+    page.locator("#plot .u-legend").wait_for()
+    for image in page.locator("#job-samples img").all():
+        page.wait_for_function(LOADED, arg=image.element_handle())
+    page.evaluate("scrollTo(0, 0)")
     box = page.locator("#job-samples").bounding_box()
     assert box is not None
     clip = {"x": 0, "y": 0, "width": 1280, "height": box["y"] + box["height"] + 8}
@@ -307,7 +319,7 @@ def test_markup_in_names_and_reasons_is_text_on_live_pages(
 ) -> None:
     fleet, page = reader.tab(), reader.tab()
     reader.log_in(fleet, key)
-    recipe = {**TINY_RECIPE, "trigger": EVIL[:90]}
+    recipe = {**TINY_RECIPE, "trigger": EVIL}
     job = stoker.order(gpu=NOWHERE, metadata={"order": EVIL}, recipe=recipe, max_attempts=1)
     page.goto(f"{reader.url}/jobs/{job}")
     expect(page.locator("#job-status .badge").first).to_contain_text("pendingGpu")
