@@ -42,10 +42,12 @@ def bad() -> list[tuple[str, bytes, dict[str, str]]]:
 
 
 AS_SENT = {"content-type": "application/json"}
-CASES = [
-    (name, body.hex(), AS_SENT | headers)
-    for name, body, headers in [("good", BODY, signed()), *bad()]
-]
+
+
+def cases() -> list[tuple[str, str, dict[str, str]]]:
+    """Name, body in hex, headers; signed now, for a signature is good for minutes only."""
+    tries = [("good", BODY, signed()), *bad()]
+    return [(name, body.hex(), AS_SENT | headers) for name, body, headers in tries]
 
 
 def judged(told: dict[str, int]) -> None:
@@ -129,7 +131,7 @@ django.setup()
 from django.test import RequestFactory
 {snippet("how-to/webhooks.md", "python", "from django")}
 told = {{}}
-for name, body, headers in {json.dumps(CASES)}:
+for name, body, headers in {json.dumps(cases())}:
     kind = headers.pop("content-type")
     path, sent = "/hooks/stoker", bytes.fromhex(body)
     request = RequestFactory().post(path, sent, content_type=kind, headers=headers)
@@ -163,7 +165,7 @@ def test_expresss_snippet_takes_good_deliveries_and_refuses_bad_ones(
     text += f"""
 const server = app.listen(0, async () => {{
   const told = {{}};
-  for (const [name, body, headers] of {json.dumps(CASES)}) {{
+  for (const [name, body, headers] of {json.dumps(cases())}) {{
     const url = `http://127.0.0.1:${{server.address().port}}/hooks/stoker`;
     const answer = await fetch(url, {{ method: "POST", body: Buffer.from(body, "hex"), headers }});
     told[name] = answer.status;
@@ -182,7 +184,7 @@ def test_nexts_snippet_takes_good_deliveries_and_refuses_bad_ones(
     text = snippet("how-to/webhooks.md", "js", "export async function POST")
     text += f"""
 const told = {{}};
-for (const [name, body, headers] of {json.dumps(CASES)}) {{
+for (const [name, body, headers] of {json.dumps(cases())}) {{
   const url = "https://app.test/hooks/stoker";
   const request = new Request(url, {{ method: "POST", body: Buffer.from(body, "hex"), headers }});
   told[name] = (await POST(request)).status;
