@@ -31,8 +31,10 @@ def killed(start_demo: Callable[..., Any], until: Callable[..., Any]) -> Any:
 
 
 @pytest.fixture(scope="module")
-def whole(killed: Any, start_demo: Callable[..., Any]) -> Any:
-    """The demo as it is meant to be run, where another was killed before."""
+def whole(start_demo: Callable[..., Any], request: pytest.FixtureRequest) -> Any:
+    """The demo as it is meant to be run; with --slow, where another was killed before."""
+    if request.config.getoption("--slow"):
+        request.getfixturevalue("killed")
     demo = start_demo("--once", "--json")
     code, output = demo.end()
     assert code == 0, f"{output}\n{demo.words()}"
@@ -40,12 +42,13 @@ def whole(killed: Any, start_demo: Callable[..., Any]) -> Any:
     return demo
 
 
+@pytest.mark.slow
 def test_a_sigkill_takes_all_that_the_demo_started(killed: Any, until: Callable[..., Any]) -> None:
     assert len(killed.seen) > 10, "servers, web, worker, beat, sandbox, machine, agent, trainer"
     until(lambda: not killed.left(), "all processes are gone", 30.0)
 
 
-def test_after_a_sigkill_the_next_demo_trains_uploads_and_cleans_up(whole: Any) -> None:
+def test_the_demo_trains_uploads_and_cleans_up(whole: Any) -> None:
     report = whole.report
     assert report["faults"] == []
     assert [report["transitions"][0]["from"], *(step["to"] for step in report["transitions"])] == [

@@ -122,6 +122,7 @@ def steps_of(stoker, fact, attempt):
     ]
 
 
+@pytest.mark.slow
 def test_a_job_whose_machine_dies_ends_elsewhere_with_the_very_same_weights(
     stoker, boot, undisturbed, until
 ):

@@ -326,7 +326,11 @@ WORD = {
 
 
 @pytest.mark.parametrize(
-    ("recipe", "file"), [(TEXTS, "lora.safetensors"), (WORD, "embedding.safetensors")]
+    ("recipe", "file"),
+    [
+        (TEXTS, "lora.safetensors"),
+        pytest.param(WORD, "embedding.safetensors", marks=pytest.mark.slow),
+    ],
 )
 def test_trained_texts_go_on_bit_for_bit(workshop, recipe, file):
     _, done = workshop.train(workshop.job("whole", **recipe))

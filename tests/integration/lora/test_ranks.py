@@ -38,6 +38,7 @@ def alive(pid):
         return False
 
 
+@pytest.mark.slow
 def test_two_processes_learn_what_one_learns(workshop, start):
     """From batches of 3 that do not divide by 2, the last of an epoch with a single image."""
     alone, _ = workshop.train(workshop.job("alone", **RECIPE))

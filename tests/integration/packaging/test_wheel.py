@@ -128,6 +128,7 @@ def test_the_installed_server_finds_what_it_serves(ran):
     assert rest == ["True", "True"]
 
 
+@pytest.mark.slow
 def test_the_installed_server_serves(installed, tmp_path):
     """Web, worker and beat from the wheel alone, with servers of their own."""
     with socket.socket() as free:
