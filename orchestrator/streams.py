@@ -49,7 +49,7 @@ from state.store import Store, Transaction
 #: How often a channel with readers is looked at.
 TICK_S = 1.0
 #: One whose look takes long rests so many times as long as that took, but no longer than that.
-REST, LONGEST_REST_S = 5, 3.0
+REST, LONGEST_REST_S = 10, 3.0
 #: A stream that says nothing for so long says that it is alive; proxies give up at 30 to 60 s.
 HEARTBEAT = timedelta(seconds=15)
 #: How old the knowledge that a reader's key is good may be.
