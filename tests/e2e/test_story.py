@@ -123,6 +123,7 @@ def test_an_operator_trains_from_photographs_to_weights_by_keyboard(
         expect(aside.get_by_role("link", name=waiting)).to_be_visible()
         reader.inspect(aside, "fleet")
         aside.get_by_role("link", name=waiting).click()
+        expect(aside.get_by_role("heading", name=waiting)).to_be_visible()
         reader.inspect(aside, "job-waiting")
         _cancel(aside, reader, waiting)
 
@@ -145,6 +146,7 @@ def test_an_operator_trains_from_photographs_to_weights_by_keyboard(
     page.goto(f"{reader.url}/webhooks")
     reader.inspect(page, "webhooks")
     page.locator("a[href^='/webhooks/']").first.click()
+    expect(page.get_by_role("heading", name="Payload")).to_be_visible()
     reader.inspect(page, "delivery")
     _block(page, reader, stoker, job)
     tab_to(page, "Log out")
@@ -158,6 +160,8 @@ def _order(
     page: Page, reader: Reader, webhook: str, photos: list[Path], recipe: Mapping[str, Any]
 ) -> str:
     """Fill the form in, all but one photograph by keyboard; the webhook's secret."""
+    expect(page.get_by_role("heading", name="New training")).to_be_visible()
+    page.wait_for_load_state()  # with its script
     drop(page, "#drop", photos[:1])
     expect(page.get_by_role("list", name="Chosen files").get_by_role("listitem")).to_have_count(1)
     tab_to(page, "Choose files")

@@ -26,8 +26,9 @@ document.addEventListener("securitypolicyviolation", (event) =>
   console.error(`CSP ${event.violatedDirective} ${event.blockedURI}`));
 """
 #: Colours fade when light becomes dark; what is looked at is how it ends.
-_STILL = """() => Promise.all(document.getAnimations()
-  .filter((one) => one instanceof CSSTransition).map((one) => one.finished.catch(() => null)))"""
+_STILL = """() => {
+  for (const one of document.getAnimations()) if (one instanceof CSSTransition) one.finish();
+}"""
 #: Whether the focus can be seen, at the element that has it or at the label around it.
 _FOCUS = """() => {
   const element = document.activeElement;
