@@ -10,13 +10,14 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, Page, Route, expect
 
 from gpu_agent import wire
 from infra.safetensors import read_weights
@@ -295,12 +296,20 @@ def _picture(page: Page, target: Path) -> None:
     small.save(target, optimize=True)
 
 
+def _late(route: Route) -> None:
+    """A network that brings one script well after another must not leave a page without its
+    stream."""
+    time.sleep(0.5)
+    route.continue_()
+
+
 def test_a_page_stays_true_when_the_web_process_is_killed(
     reader: Reader, key: str, stoker: Any, until: Any
 ) -> None:
     job = stoker.order(gpu=NOWHERE)
     page = reader.tab()
     reader.log_in(page, key)
+    page.route("**/hx-sse.min.js", _late)
     page.goto(f"{reader.url}/jobs/{job}")
     badge = page.locator("#job-status .badge").first
     expect(badge).to_contain_text("pendingGpu")
