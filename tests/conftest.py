@@ -12,9 +12,9 @@ import pytest
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("chaos", "tests/chaos")
-    group.addoption("--chaos-rounds", type=int, default=4, help="so many kills; default: 4")
+    group.addoption("--chaos-rounds", type=int, default=3, help="so many kills; default: 3")
     group.addoption("--chaos-seed", type=int, default=1, help="what is killed, and when")
-    group.addoption("--chaos-jobs", type=int, default=3, help="jobs under way all the time")
+    group.addoption("--chaos-jobs", type=int, default=2, help="jobs under way all the time")
     group.addoption("--chaos-report", default="", help="a JSON file for what came of it")
     group = parser.getgroup("pages", "tests/e2e/test_story.py")
     group.addoption("--shots", default="", help="a folder for pictures of every page")

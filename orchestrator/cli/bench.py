@@ -114,8 +114,9 @@ def trainer(
         ),
     ] = None,
     python: Annotated[
-        Path, typer.Option(help="The Python that has what the script imports.")
-    ] = Path(sys.executable),
+        Path | None,
+        typer.Option(help="The Python that has what the script imports; default: this one."),
+    ] = None,
     photos: Annotated[
         Path | None, typer.Option(help="A folder of photographs; default: scikit-image's.")
     ] = None,
@@ -153,7 +154,8 @@ def trainer(
         threads=threads or where["cpus"],
         precision=precision or ("bf16" if where["gpu"] else "fp32"),
     )
-    other = bench.Other(against.absolute(), python.absolute()) if against else None
+    with_it = (python or Path(sys.executable)).absolute()
+    other = bench.Other(against.absolute(), with_it) if against else None
     root = Settings.from_env().data_dir
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="bench-", dir=root) as folder:

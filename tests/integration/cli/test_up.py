@@ -132,6 +132,7 @@ def test_keys_are_made_listed_used_and_revoked(operator, up):
     assert operator.run("keys", "create", "x", "--scope", "everything")[0] == 2
 
 
+@pytest.mark.slow
 def test_the_schema_can_be_brought_up_again(operator, up):
     _, before, _ = operator.run("db", "current")
     code, _, _ = operator.run("db", "upgrade")

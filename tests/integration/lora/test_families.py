@@ -36,7 +36,17 @@ RECIPE = {
 }
 
 
-@pytest.fixture(scope="session", params=FAMILIES)
+#: Their own tests train them, too; a hundred steps only with --slow.
+AT_LENGTH = frozenset({"sd2", "sd3", "anima"})
+
+
+@pytest.fixture(
+    scope="session",
+    params=[
+        pytest.param(name, marks=[pytest.mark.slow] if name in AT_LENGTH else [])
+        for name in FAMILIES
+    ],
+)
 def base_of(request, tmp_path_factory):
     """A family's name and its tiny base."""
     if request.param == "sd1":

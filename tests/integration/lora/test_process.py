@@ -59,6 +59,7 @@ def test_a_training_killed_and_stopped_on_its_way_ends_like_an_undisturbed_one(
     assert files_of(completed) == files_of(undisturbed.one("completed"))
 
 
+@pytest.mark.slow
 def test_a_training_killed_anywhere_goes_on_elsewhere_as_if_nothing_had_happened(
     workshop, start, tmp_path
 ):

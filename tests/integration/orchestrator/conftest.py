@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import marshal
 import os
 import socket
 import subprocess
@@ -17,6 +18,7 @@ from typing import Any
 import psycopg
 import pytest
 from flask.testing import FlaskClient
+from flask_openapi import utils
 from werkzeug.test import TestResponse
 
 from gpu_agent import wire
@@ -268,6 +270,23 @@ class Agent:
         body = wanted if isinstance(wanted, bytes) else wire.json.dumps(wanted).encode()
         path = self.path.replace("/reports", "/files")
         return self.edge.client().post(path, data=body, headers=self.signed(body, "files"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _schemas_drawn_once() -> Iterator[None]:
+    """flask-openapi draws each model's JSON schema anew for every app, which is most of what an
+    app costs; a thousand tests here make one each."""
+    drawn: dict[Any, bytes] = {}
+    draw = utils.get_model_schema
+
+    def remembered(model: Any, mode: str = "validation") -> Any:
+        if (model, mode) not in drawn:
+            drawn[model, mode] = marshal.dumps(draw(model, mode))
+        return marshal.loads(drawn[model, mode])  # noqa: S302 -- our own; a copy, for it is changed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(utils, "get_model_schema", remembered)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -198,6 +198,7 @@ def test_more_instances_than_a_page_are_listed_by_the_sdk(sdk: VastAI, sandbox: 
     assert [row["id"] for page in pages for row in page["instances"]] == numbers
 
 
+@pytest.mark.slow
 def test_the_command_line_lives_a_whole_rental(cli: Any, sandbox: Any) -> None:
     offers = cli("search", "offers", "gpu_name=RTX_4090 num_gpus=1", "-o", "dph_total")
     assert offers
