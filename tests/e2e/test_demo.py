@@ -48,7 +48,6 @@ def test_a_sigkill_takes_all_that_the_demo_started(killed: Any, until: Callable[
     until(lambda: not killed.left(), "all processes are gone", 30.0)
 
 
-@pytest.mark.slow
 def test_the_demo_trains_uploads_and_cleans_up(whole: Any) -> None:
     report = whole.report
     assert report["faults"] == []
@@ -59,13 +58,11 @@ def test_the_demo_trains_uploads_and_cleans_up(whole: Any) -> None:
     assert whole.files() == []
 
 
-@pytest.mark.slow
 def test_the_demos_best_loss_is_at_least_40_per_cent_lower(whole: Any) -> None:
     loss = whole.report["loss"]
     assert loss["best"] <= 0.6 * loss["first"]
 
 
-@pytest.mark.slow
 def test_the_demos_weights_load_in_diffusers_and_change_the_image(whole: Any) -> None:
     loads = whole.report["loads"]
     assert loads["loads"]
@@ -76,7 +73,6 @@ def test_the_demos_weights_load_in_diffusers_and_change_the_image(whole: Any) ->
     assert weights.stat().st_size > 10_000
 
 
-@pytest.mark.slow
 def test_the_demos_webhooks_come_verified_and_in_order(whole: Any) -> None:
     webhooks = whole.report["webhooks"]
     assert webhooks["unverified"] == 0
