@@ -14,10 +14,11 @@ from flask import g, request
 
 from orchestrator.api import limits
 from orchestrator.api.problems import Refusal
+from state.rehearsal import TEST_PREFIX
 from state.store import Store
 
 READ, WRITE, OPERATOR = "jobs:read", "jobs:write", "operator"
-LIVE_PREFIX, TEST_PREFIX = "stk_live_", "stk_test_"
+LIVE_PREFIX = "stk_live_"
 #: Ends the name of the owner that a test key acts for; no other owner's name ends so.
 TEST_OWNER = "~test"
 _BEARER = re.compile(r"bearer +(stk_(?:live|test)_[A-Za-z0-9_-]{16,128})", re.IGNORECASE)

@@ -112,8 +112,9 @@ def train(
         body["webhook"] = {"url": webhook}
     if test := _rehearsal(fixture, time_scale):
         body["test"] = test
-    _show_plan(files, body)
-    asks = not yes and "test" not in body
+    rehearsed = "test" in body or _has_test_key()
+    _show_plan(files, body, rehearsed)
+    asks = not yes and not rehearsed
     # without a terminal to confirm at, nobody would see it
     if dry_run or (asks and sys.stdin.isatty()):
         images = sum(map(_is_photograph, files))
@@ -151,6 +152,13 @@ def _rehearsal(fixture: str, time_scale: float | None) -> dict[str, Any]:
         raise CliError(f"no fixture is called {fixture!r}", known, "name one of them", Exit.USAGE)
     said = {"fixture": fixture or None, "time_scale": time_scale}
     return {key: value for key, value in said.items() if value is not None}
+
+
+def _has_test_key() -> bool:
+    try:
+        return Client.here().rehearses
+    except CliError:  # there is no server, which matters only to what is no dry run
+        return False
 
 
 def _confirm(max_cost: float) -> None:
@@ -209,7 +217,7 @@ def _is_photograph(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES and not is_mask and path.parent.name != CLASS_FOLDER
 
 
-def _show_plan(files: Sequence[Path], body: Mapping[str, Any]) -> None:
+def _show_plan(files: Sequence[Path], body: Mapping[str, Any], rehearsed: bool) -> None:
     size = sum(path.stat().st_size for path in files)
     images = [path for path in files if _is_photograph(path)]
     what = f"{len(images)} in {images[0].parent}" if images else f"in {files[0]}"
@@ -229,7 +237,7 @@ def _show_plan(files: Sequence[Path], body: Mapping[str, Any]) -> None:
             ("  GPU", _gpu_words(body)),
             ("  at most", f"${body['max_cost'] / 1e6:.2f}, all attempts together"),
             *([("  webhook", body["webhook"]["url"])] if "webhook" in body else []),
-            *([("  rehearsed", "nothing is rented or spent")] if "test" in body else []),
+            *([("  rehearsed", "nothing is rented or spent")] if rehearsed else []),
         ],
     )
 

@@ -23,7 +23,7 @@ from infra.crypto import SecretBox
 from infra.migrations import current, newest, upgrade
 from infra.settings import Settings, SettingsError
 from infra.wiring import Services, utc_now
-from orchestrator.api.auth import LIVE_PREFIX, TEST_OWNER, TEST_PREFIX, is_test
+from orchestrator.api.auth import LIVE_PREFIX, TEST_OWNER, is_test
 from orchestrator.api.ids import new_id
 from orchestrator.cli.client import beside, beside_file
 from orchestrator.cli.console import CliError, Exit, err, out, print_json, print_rows
@@ -44,6 +44,7 @@ from state import brakes
 from state.diagram import markdown
 from state.errors import StokerError
 from state.events import ApiKey
+from state.rehearsal import TEST_PREFIX
 from tasks.deallocate import Keeper, Sight, Swept
 from tasks.deallocate import sweep as sweep_account
 

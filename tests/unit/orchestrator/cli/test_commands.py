@@ -297,10 +297,12 @@ def test_a_dry_run_asks_nobody(stoker, photos):
     assert "$5.00" in ran.err
 
 
-def test_nothing_is_spent_without_a_word(stoker, api, photos):
+def test_nothing_is_spent_without_a_word(stoker, api, photos, monkeypatch):
+    monkeypatch.setenv("STOKER_API_KEY", "stk_live_of_a_live_key")
     ran = stoker("train", str(photos), "--base", "civitai:1")
     assert ran.code == Exit.USAGE
     assert "-y" in ran.err
+    assert "nothing is rented or spent" not in ran.err
     assert api.asked == []
 
 

@@ -239,6 +239,7 @@ def test_an_order_that_would_be_refused_is_refused_before_anything_is_uploaded(
     problem = {"detail": "the job cannot be ordered", "errors": [{"pointer": "/base"}]}
     api.answers["POST /v1/jobs/estimate"] = (422, problem)
     assert dry(stoker, photos).code == Exit.USAGE
+    monkeypatch.setenv("STOKER_API_KEY", "stk_live_of_a_live_key")
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
     assert stoker("train", str(photos), "--base", "civitai:1").code == Exit.USAGE
     assert set(api.asked) == {"POST /v1/jobs/estimate"}

@@ -43,6 +43,13 @@ def test_a_rehearsal_asks_for_no_confirmation(stoker, taking, photos):
     assert "nothing is rented or spent" in ran.err
 
 
+def test_nothing_is_confirmed_with_a_test_key_for_it_spends_nothing(stoker, taking, photos):
+    ran = stoker("train", str(photos), "--base", "civitai:1", "--detach")
+    assert ran.code == 0, ran.err
+    assert "nothing is rented or spent" in ran.err
+    assert "test" not in json.loads(taking.bodies[-1])  # the server knows by the key
+
+
 def test_what_is_no_rehearsal_says_nothing_of_tests(stoker, taking, photos):
     assert stoker("train", str(photos), "--base", "civitai:1", "-y", "--detach").code == 0
     assert "test" not in json.loads(taking.bodies[-1])
