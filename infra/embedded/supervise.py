@@ -37,7 +37,10 @@ from typing import Any
 PATIENCE_S = 10.0
 RESTART_AFTER_S = 1.0
 
-_PR_SET_PDEATHSIG, _PR_SET_KEEPCAPS, _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_RAISE = 1, 8, 47, 2
+_PR_SET_PDEATHSIG, _PR_SET_SECUREBITS, _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_RAISE = 1, 28, 47, 2
+#: Keeps capabilities over a change of user; and access(2), by which initdb looks for `postgres`,
+#: counts them for others than root only with it.
+_NO_SETUID_FIXUP = 1 << 2
 _CAP_DAC_OVERRIDE = 1
 _CAPABILITY_VERSION_3 = 0x20080522
 
@@ -57,7 +60,7 @@ class _CapData(ctypes.Structure):
 def _become(libc: ctypes.CDLL, user: str) -> None:
     """Give up root for `user`, keeping the right to pass closed directories where there is one."""
     account = pwd.getpwnam(user)
-    libc.prctl(_PR_SET_KEEPCAPS, 1, 0, 0, 0)
+    libc.prctl(_PR_SET_SECUREBITS, _NO_SETUID_FIXUP, 0, 0, 0)
     os.setgroups([])
     os.setgid(account.pw_gid)
     os.setuid(account.pw_uid)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,3 +40,22 @@ def test_a_program_that_could_never_be_started_is_given_up(tmp_path: Path) -> No
         with pytest.raises(embedded.EmbeddedError, match="no-such-program"):
             supervisor.run_once(program)
         assert set(supervisor.pids) == {"supervisor"}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root becomes somebody else")
+def test_a_program_that_gave_up_root_finds_its_files_in_roots_home(tmp_path: Path) -> None:
+    """Where root clones Stoker first; initdb asks access(2) for the `postgres` beside it."""
+    home = tmp_path / "home"
+    home.mkdir(mode=0o700)
+    (home / "postgres").touch(mode=0o755)
+    look = "import os, sys; sys.exit(os.geteuid() == 0 or not os.access(sys.argv[1], os.X_OK))"
+    program = Program(
+        name="initdb",
+        argv=(sys.executable, "-c", look, str(home / "postgres")),
+        log=tmp_path / "log",
+        cwd=tmp_path,
+        user="nobody",
+        once=True,
+    )
+    with contextlib.closing(Supervisor()) as supervisor:
+        supervisor.run_once(program)
