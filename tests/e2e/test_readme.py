@@ -55,7 +55,7 @@ def test_the_first_command_works_in_a_fresh_clone(tmp_path: Path) -> None:
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     report = json.loads(done.stdout)
     assert report["status"] == "completed"
     assert report["instances_left"] == []
