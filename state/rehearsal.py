@@ -28,8 +28,6 @@ FIXTURES: Mapping[str, str] = {
     BAD_WEIGHTS: "what the first machine uploads is not finite, and is refused; the next does it",
     FAILS: "the training fails for a reason that no other machine would mend",
 }
-#: Whatever is ordered with an API key that begins so is a rehearsal.
-TEST_PREFIX = "stk_test_"
 #: Seconds of a rehearsal that pass in one real second, unless the customer says otherwise.
 TIME_SCALE = 60.0
 #: The label of every lease of a rehearsal begins so. No deployment's name has a colon.

@@ -12,8 +12,6 @@ import pwd
 import shutil
 from pathlib import Path
 
-import psycopg
-
 from infra.embedded.errors import EmbeddedError
 from infra.embedded.program import Program
 
@@ -132,6 +130,8 @@ def _log(root: Path) -> Path:
 
 def ready(port: int, *, password: str) -> bool:
     """Whether it answers; makes our database where it is missing."""
+    import psycopg  # here and not above: no help of a command is to wait for it
+
     try:
         with psycopg.connect(
             url(port, password=password, database="postgres"), connect_timeout=5, autocommit=True

@@ -12,8 +12,6 @@ import shutil
 import sys
 from pathlib import Path
 
-import redis
-
 from infra.embedded.errors import EmbeddedError
 from infra.embedded.program import Program
 
@@ -82,6 +80,8 @@ def _quoted(path: Path) -> str:
 
 def ready(port: int, *, password: str) -> bool:
     """Whether it answers (it does not while it reads its file)."""
+    import redis  # here and not above: no help of a command is to wait for it
+
     with redis.Redis(
         port=port, password=password, socket_timeout=2, socket_connect_timeout=2
     ) as client:

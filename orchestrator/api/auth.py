@@ -6,21 +6,17 @@ out of its sight. This is decided here and nowhere else."""
 
 from __future__ import annotations
 
-import hashlib
 import re
 from dataclasses import dataclass
 
 from flask import g, request
 
 from orchestrator.api import limits
+from orchestrator.api.keys import TEST_OWNER, TEST_PREFIX, hash_of, is_test
 from orchestrator.api.problems import Refusal
-from state.rehearsal import TEST_PREFIX
 from state.store import Store
 
 READ, WRITE, OPERATOR = "jobs:read", "jobs:write", "operator"
-LIVE_PREFIX = "stk_live_"
-#: Ends the name of the owner that a test key acts for; no other owner's name ends so.
-TEST_OWNER = "~test"
 _BEARER = re.compile(r"bearer +(stk_(?:live|test)_[A-Za-z0-9_-]{16,128})", re.IGNORECASE)
 
 
@@ -47,16 +43,6 @@ class Caller:
 
     def sees(self, owner: str) -> bool:
         return self.operator or owner == self.owner
-
-
-def is_test(owner: str) -> bool:
-    """Whether what belongs to `owner` was made with test keys."""
-    return owner.endswith(TEST_OWNER)
-
-
-def hash_of(key: str) -> str:
-    """What is kept of an API key: lower-case hex SHA-256."""
-    return hashlib.sha256(key.encode()).hexdigest()
 
 
 def authenticate(store: Store, header: str) -> Caller:

@@ -22,6 +22,7 @@ from orchestrator.api.auth import Caller
 from orchestrator.api.bases import fault_of_base, fault_of_url
 from orchestrator.api.estimates import Estimate, EstimateIn, Estimates
 from orchestrator.api.ids import new_id, plausible
+from orchestrator.api.keys import is_test
 from orchestrator.api.problems import Refusal
 from orchestrator.deps import Deps
 from orchestrator.waker import Waker
@@ -157,7 +158,7 @@ def own_dataset(tx: Transaction, dataset_id: str, caller: Caller) -> Dataset:
     """Raises: Refusal 422."""
     try:
         found = datasets_api.visible(tx, dataset_id, caller)
-        if auth.is_test(found.owner) is not caller.test:
+        if is_test(found.owner) is not caller.test:
             raise NotFound(f"dataset {dataset_id} is of the other mode")
     except NotFound:
         fault = ("/dataset_id", "there is no such dataset")

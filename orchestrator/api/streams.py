@@ -17,6 +17,7 @@ from flask import Response, request
 
 from orchestrator import streams
 from orchestrator.api import auth
+from orchestrator.api.keys import hash_of
 from orchestrator.api.problems import Refusal
 from orchestrator.streams import Entry, News
 from state.job import Job
@@ -139,7 +140,7 @@ def follow(job: Job, read: Reading, after: int, event: str = "item") -> Response
         .open(
             JobList(job.id, read, event),
             since=since,
-            entry=Entry(auth.hash_of(key)),
+            entry=Entry(hash_of(key)),
             owner=auth.caller().owner,
         )
         .response()

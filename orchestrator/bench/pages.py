@@ -30,6 +30,7 @@ from infra.crypto import SecretBox
 from infra.store import SqlStore
 from orchestrator.api import auth
 from orchestrator.api.ids import new_id
+from orchestrator.api.keys import hash_of
 from orchestrator.bench.load import Load, send
 from orchestrator.bench.place import machine, own_database
 from orchestrator.bench.webhooks import AGENTS, WARM_UP, WEB_WORKERS, Agent, request_of, serving
@@ -280,7 +281,7 @@ class Fleet:
                 id=name,
                 owner="bench",
                 name="bench",
-                hash=auth.hash_of(text),
+                hash=hash_of(text),
                 scopes=frozenset({auth.OPERATOR}),
                 created_at=self._now,
             )

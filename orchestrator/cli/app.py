@@ -1,4 +1,8 @@
-"""Every command, gathered; the modules beside hold what they do."""
+"""Every command, gathered; the modules beside hold what they do.
+
+Help loads them all, so what is heavy (databases, storage, markets, Flask) is imported by the
+functions that use it, not above them.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +25,8 @@ MODULES = (
     "demo", "jobs", "views", "look", "hosts", "money", "webhooks", "servers", "doctor", "sandbox",
     "bench", "sim", "docs",
 )  # fmt: skip
-#: Commands that ask a server and nothing else: their module is loaded alone, in a third of the
-#: time, because people call them often and shells call them at each TAB.
+#: Commands that ask a server and nothing else: their module is loaded alone, in three quarters of
+#: the time, because people call them often and shells call them at each TAB.
 ALONE = {
     **dict.fromkeys(("train", "get", "cancel", "retry"), "jobs"),
     **dict.fromkeys(("ps", "show", "logs"), "views"),

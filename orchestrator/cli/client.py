@@ -14,8 +14,8 @@ from urllib.parse import quote
 import requests
 
 from infra.settings import Settings, server
+from orchestrator.api.keys import TEST_PREFIX
 from orchestrator.cli.console import CliError, Exit, err
-from state.rehearsal import TEST_PREFIX
 
 TIMEOUT_S = 40.0
 #: A server that answered before is waited for: it may be restarting.

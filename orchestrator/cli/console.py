@@ -135,3 +135,7 @@ def _one_line(text: str) -> str:
 
 def size_words(size: int) -> str:
     return f"{size / 1e6:.1f} MB" if size >= 50_000 else f"{size / 1e3:.1f} kB"
+
+
+def count_words(number: int, what: str) -> str:
+    return f"{number} {what}" + ("" if number == 1 else "s")

@@ -18,17 +18,15 @@ import time
 import webbrowser
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from PIL import Image
 from rich.console import Console
 
 from gpu_agent import wire
 from gpu_agent.recipe import DIFFUSION, FAMILIES
 from infra.settings import Settings
-from infra.wiring import Services
-from orchestrator.api.auth import hash_of
+from orchestrator.api.keys import hash_of
 from orchestrator.cli.client import Client
 from orchestrator.cli.console import CliError, Exit, err, out, print_json, print_rows
 from orchestrator.cli.follow import durations, follow
@@ -36,8 +34,10 @@ from orchestrator.cli.jobs import check_family, fetch_results, photo_files, uplo
 from orchestrator.cli.processes import check_free
 from orchestrator.cli.receiver import Receiver
 from orchestrator.cli.stage import Stage
-from orchestrator.dashboard import tickets
 from state import money
+
+if TYPE_CHECKING:
+    from infra.wiring import Services
 
 #: For a model of a few million parameters and a handful of photographs, on two cores.
 TINY_RECIPE: Mapping[str, Any] = {
@@ -167,6 +167,7 @@ def _alone(stack: contextlib.ExitStack, path: Path) -> None:
 
 def skimage_photos(folder: Path) -> Path:
     """The photographs that ship inside the scikit-image wheel, as PNG files in `folder`."""
+    from PIL import Image
     from skimage import data
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -350,6 +351,8 @@ def _tell(report: Mapping[str, Any]) -> None:
 
 def _visit(stage: Stage, have: Services, where: str, *, opening: bool) -> None:
     """Say where the job can be watched in a browser; open one where there is a screen."""
+    from orchestrator.dashboard import tickets
+
     path = tickets.issue(have.settings.secret_keys, hash_of(stage.key), where)
     stage.show.print("watch it in a browser (the link logs in once, within two minutes):")
     stage.show.print(f"  {stage.url}{path}", markup=False, soft_wrap=True)

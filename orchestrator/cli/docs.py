@@ -10,9 +10,7 @@ import typer
 from infra.settings import settings_page
 from orchestrator.cli.console import CliError, Exit
 from orchestrator.cli.page import cli_page
-from orchestrator.metrics_page import metrics_page
 from orchestrator.reference import api_page, events_page, recipe_page
-from orchestrator.specification import openapi_json, specification
 from state.diagram import markdown
 
 
@@ -22,13 +20,25 @@ def _cli() -> str:
     return cli_page(make_app(plain=True))
 
 
+def _api() -> str:
+    from orchestrator.specification import specification  # the whole server
+
+    return api_page(specification())
+
+
+def _metrics() -> str:
+    from orchestrator.metrics_page import metrics_page
+
+    return metrics_page()
+
+
 #: The pages below `docs/`, and what draws them.
 PAGES: Mapping[str, Callable[[], str]] = {
     "cli": _cli,
     "settings": settings_page,
     "states": markdown,
-    "metrics": metrics_page,
-    "api": lambda: api_page(specification()),
+    "metrics": _metrics,
+    "api": _api,
     "events": events_page,
     "recipe": recipe_page,
 }
@@ -44,6 +54,8 @@ def openapi() -> None:
 
     Example: stoker openapi > openapi.json
     """
+    from orchestrator.specification import openapi_json
+
     print(openapi_json(), end="")
 
 

@@ -1,10 +1,13 @@
-"""Commands for those who run Stoker: up, serve, worker, beat, keys, db, sweep."""
+"""Commands for those who run Stoker: up, serve, worker, beat, keys, db, sweep.
+
+What reaches databases, storage and markets is imported by the functions that need it: this module
+is loaded for the help of every command.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import ipaddress
 import json
 import os
@@ -12,7 +15,7 @@ import secrets
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit
 
 import requests
@@ -20,11 +23,9 @@ import typer
 
 from infra import embedded
 from infra.crypto import SecretBox
-from infra.migrations import current, newest, upgrade
 from infra.settings import Settings, SettingsError
-from infra.wiring import Services, utc_now
-from orchestrator.api.auth import LIVE_PREFIX, TEST_OWNER, is_test
 from orchestrator.api.ids import new_id
+from orchestrator.api.keys import LIVE_PREFIX, TEST_OWNER, TEST_PREFIX, hash_of, is_test
 from orchestrator.cli.client import beside, beside_file
 from orchestrator.cli.console import CliError, Exit, err, out, print_json, print_rows
 from orchestrator.cli.processes import (
@@ -44,9 +45,10 @@ from state import brakes
 from state.diagram import markdown
 from state.errors import StokerError
 from state.events import ApiKey
-from state.rehearsal import TEST_PREFIX
-from tasks.deallocate import Keeper, Sight, Swept
-from tasks.deallocate import sweep as sweep_account
+
+if TYPE_CHECKING:
+    from infra.wiring import Services
+    from tasks.deallocate import Sight
 
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 SCOPES = frozenset({"jobs:read", "jobs:write", "operator"})
@@ -83,6 +85,13 @@ def here() -> Settings:
         given = {name: value for name, value in os.environ.items() if value}
         return Settings.from_env({**known["env"], **given})
     return embedded.running(settings) or settings
+
+
+def services(settings: Settings | None = None) -> Services:
+    """What is behind an installation; without `settings`, behind this one."""
+    from infra.wiring import Services
+
+    return Services(settings or here())
 
 
 # --- running it -------------------------------------------------------------------------------
@@ -160,7 +169,7 @@ def _until_answers(url: str, settings: Settings, over: threading.Event) -> None:
 @contextlib.contextmanager
 def _local_client(url: str, settings: Settings) -> Iterator[None]:
     """A key for commands on this machine, good for as long as the block runs."""
-    have = Services(settings)
+    have = services(settings)
     for stale in _local_keys(have):  # of one that was killed
         revoke_key(have, stale)
     key = make_key(have, owner="local", name=LOCAL_KEY, scopes=SCOPES)
@@ -186,6 +195,8 @@ def _say(name: str, state: str) -> None:
 
 def prepare(settings: Settings) -> None:
     """Bring the database and the bucket into shape. Again is harmless."""
+    from infra.migrations import upgrade
+
     upgrade(settings.database_url.reveal())
     ready_store(settings)
 
@@ -193,7 +204,7 @@ def prepare(settings: Settings) -> None:
 def ready_store(settings: Settings) -> None:
     """Make the bucket where it is missing, and see that our pages may upload to it, or say that
     they may not. Raises: StorageError, when the store cannot be asked."""
-    storage = Services(settings).storage
+    storage = services(settings).storage
     storage.ensure_bucket()
     parts = urlsplit(settings.public_url)
     origin = f"{parts.scheme}://{parts.netloc}"
@@ -289,12 +300,12 @@ def make_key(
     with have.store.transaction() as tx:
         tx.add_api_key(
             ApiKey(
-                id=new_id("key", utc_now()),
+                id=new_id("key", have.clock()),
                 owner=owner,
                 name=name,
-                hash=hashlib.sha256(key.encode()).hexdigest(),
+                hash=hash_of(key),
                 scopes=scopes | {TEST_SCOPE} if test else scopes,
-                created_at=utc_now(),
+                created_at=have.clock(),
             )
         )
     return key
@@ -337,7 +348,7 @@ def create(
             "another --owner, or --test",
             Exit.USAGE,
         )
-    key = make_key(Services(here()), owner=owner, name=name, scopes=scopes, test=test)
+    key = make_key(services(), owner=owner, name=name, scopes=scopes, test=test)
     if as_json:
         print_json({"key": key, "name": name, "owner": owner, "scopes": sorted(scopes)})
         return
@@ -353,7 +364,7 @@ def ls(as_json: AsJson = False) -> None:
     JSON: [{id, name, owner, scopes, created_at, revoked_at}]; `revoked_at` is null while it is
     good.
     """
-    with Services(here()).store.transaction() as tx:
+    with services().store.transaction() as tx:
         keys = tx.api_keys()
     rows: list[dict[str, Any]] = [
         {
@@ -391,7 +402,7 @@ def revoke(
 
     JSON: {id, revoked}.
     """
-    if not revoke_key(Services(here()), key_id):
+    if not revoke_key(services(), key_id):
         raise CliError(
             f"there is no key {key_id}", "", "`stoker keys ls` lists them", Exit.NOT_FOUND
         )
@@ -403,7 +414,7 @@ def revoke_key(have: Services, key_id: str) -> bool:
     with have.store.transaction() as tx:
         found = next((key for key in tx.api_keys() if key.id == key_id), None)
         if found is not None and found.revoked_at is None:
-            tx.save_api_key(dataclasses.replace(found, revoked_at=utc_now()))
+            tx.save_api_key(dataclasses.replace(found, revoked_at=have.clock()))
     return found is not None
 
 
@@ -422,6 +433,8 @@ def db_upgrade(as_json: AsJson = False) -> None:
 
     JSON: {revision, newest}.
     """
+    from infra.migrations import current, newest, upgrade
+
     url = _database_url()
     upgrade(url)
     now = current(url)
@@ -435,6 +448,8 @@ def db_current(as_json: AsJson = False) -> None:
 
     JSON: {revision, newest}; `revision` is null before the first upgrade.
     """
+    from infra.migrations import current, newest
+
     now = current(_database_url())
     if as_json:
         print_json({"revision": now, "newest": newest()})
@@ -491,14 +506,17 @@ def sweep(
     JSON: {seen, ours, destroyed, suspects, lost, unreadable, doubtful, sights: [{instance,
     label, machine, age_s, price, verdict, why}]}; prices are micro-USD per hour.
     """
-    have = Services(here())
+    from tasks.deallocate import Keeper
+    from tasks.deallocate import sweep as sweep_account
+
+    have = services()
     keeper = Keeper(
         store=have.store,
         provider=have.provider,
         clock=have.clock,
         image_bytes=have.settings.image_bytes,
     )
-    swept: Swept = sweep_account(keeper, have.settings.deployment, dry_run=dry_run)
+    swept = sweep_account(keeper, have.settings.deployment, dry_run=dry_run)
     if as_json:
         print_json(dataclasses.asdict(swept))
         if swept.unreadable:
@@ -538,7 +556,7 @@ def stop_renting(
 
     JSON: {renting, why}.
     """
-    _switch(Services(here()), stopped=True, why=why)
+    _switch(services(), stopped=True, why=why)
     words = "renting is stopped; `stoker resume-renting` lets it go on"
     _done(words, {"renting": False, "why": why}, as_json)
 
@@ -550,7 +568,7 @@ def resume_renting(as_json: AsJson = False) -> None:
 
     JSON: {renting, why}.
     """
-    have = Services(here())
+    have = services()
     _switch(have, stopped=False, why="")
     held = have.settings.kill_switch
     _done("renting goes on", {"renting": not held, "why": ""}, as_json)

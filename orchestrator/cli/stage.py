@@ -13,7 +13,7 @@ import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import requests
 from rich.console import Console
@@ -22,12 +22,14 @@ from infra import embedded
 from infra.embedded import EmbeddedError, Program
 from infra.embedded.supervisor import Supervisor
 from infra.settings import Settings
-from infra.wiring import Services
 from orchestrator.cli.client import Client
 from orchestrator.cli.console import CliError
 from orchestrator.cli.processes import program, programs
-from orchestrator.cli.servers import make_key, prepare
+from orchestrator.cli.servers import make_key, prepare, services
 from state.money import NO_LIMITS
+
+if TYPE_CHECKING:
+    from infra.wiring import Services
 
 #: A tiny base that is one file: its version at the Civitai sandbox.
 TINY_FILE = "civitai:1"
@@ -90,15 +92,15 @@ class Stage:
         settings = self._with_sandbox(servers, servers.settings)
         for item in programs(settings):
             servers.run(item)
-        services = Services(settings)
+        have = services(settings)
         if self.tiny.is_dir():
             for path in filter(Path.is_file, self.tiny.rglob("*")):
                 key = TINY_FOLDER + path.relative_to(self.tiny).as_posix()
-                services.storage.put_file(key, path)
+                have.storage.put_file(key, path)
         scopes = frozenset({"jobs:read", "jobs:write", "operator"})
-        self.key = make_key(services, owner="demo", name="demo", scopes=scopes)
+        self.key = make_key(have, owner="demo", name="demo", scopes=scopes)
         self._until_ready(settings)
-        return Client(self.url, self.key), services
+        return Client(self.url, self.key), have
 
     def left(self) -> list[int]:
         """Processes that were ours when the end began, and run still."""

@@ -28,6 +28,7 @@ from werkzeug.wrappers import Response as AnyResponse
 
 from orchestrator.api import auth, limits
 from orchestrator.api.auth import Caller
+from orchestrator.api.keys import hash_of
 from orchestrator.api.problems import Refusal, refusal_of
 from orchestrator.dashboard import tickets
 from orchestrator.deps import Deps
@@ -158,7 +159,7 @@ def install(pages: Blueprint, deps: Deps, csrf: CSRFProtect) -> None:
                 "`stoker keys create NAME --scope operator` makes one."
             )
             return render_template("login.html", fault=fault, next=where), 403
-        _begin(auth.hash_of(key))
+        _begin(hash_of(key))
         return redirect(where)
 
     def follow(ticket: str) -> AnyResponse | tuple[str, int]:

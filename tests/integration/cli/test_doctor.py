@@ -24,7 +24,7 @@ from infra.wiring import Services, utc_now
 from orchestrator.app import create_app
 from orchestrator.checks import ready_checks
 from orchestrator.cli.app import run
-from orchestrator.cli.doctor import diagnose
+from orchestrator.cli.diagnosis import diagnose
 from orchestrator.cli.servers import prepare
 from orchestrator.deps import Deps
 from state.alarms import Severity

@@ -27,8 +27,8 @@ from infra import schema
 from infra.crypto import SecretBox
 from infra.settings import Settings
 from infra.store import SqlStore
-from orchestrator.api.auth import hash_of
 from orchestrator.api.ids import new_id
+from orchestrator.api.keys import hash_of
 from orchestrator.app import create_app
 from orchestrator.deps import Deps
 from state import record

@@ -16,8 +16,8 @@ import requests
 from gpu_agent import wire
 from infra.crypto import SecretBox
 from infra.store import SqlStore
-from orchestrator.api.auth import hash_of
 from orchestrator.api.ids import new_id
+from orchestrator.api.keys import hash_of
 from state import record
 from state.events import ApiKey, Attempt, Dataset, DatasetStatus, Secret
 from state.job import JobRequest

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 import pytest
 
 from infra.crypto import SecretBox
-from orchestrator.api.auth import hash_of
+from orchestrator.api.keys import hash_of
 from orchestrator.dashboard import tickets
 
 

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
+import sys
 
 import pytest
 import typer
 
 from orchestrator.cli.app import make_app
 from orchestrator.cli.console import Exit
+
+#: What only commands that run something may wait for.
+HEAVY = frozenset(
+    {
+        "PIL", "alembic", "boto3", "botocore", "celery", "flask", "flask_openapi", "granian",
+        "opentelemetry", "psycopg", "pydantic", "redis", "skimage", "sqlalchemy", "structlog",
+        "torch", "vastai",
+    }
+)  # fmt: skip
 
 
 def leaves(command, path=()):
@@ -31,6 +42,14 @@ def test_every_command_has_help_with_an_example(stoker, words):
     assert ran.code == Exit.OK
     assert "Example:" in ran.out
     assert "╭" not in ran.out
+
+
+def test_help_waits_for_nothing_heavy():
+    said = "from orchestrator.cli.app import run; import sys; sys.exit = lambda code: None; "
+    asked = said + "run(['--help']); print(*sys.modules, file=sys.stderr)"
+    ran = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True)
+    assert "doctor" in ran.stdout
+    assert HEAVY.isdisjoint(ran.stderr.split())
 
 
 def test_the_help_for_terminals_can_be_drawn(capsys):
