@@ -35,9 +35,13 @@ export function dollars(micro) {
 
 // The server's clock, as far as this page knows it: every part of it says when it was made.
 let ahead = 0;
+let newest = 0;
 function readClock() {
-  const made = document.querySelector("[data-now]");
-  if (made) ahead = Number(made.dataset.now) * 1000 - Date.now();
+  const made = [...document.querySelectorAll("[data-now]")].map((one) => Number(one.dataset.now));
+  const latest = Math.max(0, ...made);
+  if (latest <= newest) return; // what came now came without a time of its own
+  newest = latest;
+  ahead = latest * 1000 - Date.now();
 }
 const now = () => Date.now() + ahead;
 
