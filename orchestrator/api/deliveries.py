@@ -88,20 +88,21 @@ def check_open(endpoint: Endpoint) -> None:
         )
 
 
-def page(deps: Deps, caller: Caller, query: DeliveriesQuery) -> DeliveriesPage:
-    """One page of deliveries, newest first. Raises: Refusal 422 for a cursor that is not ours."""
-    before = None if query.cursor is None else _place(query.cursor)
-    with deps.store.transaction() as tx:
-        found = tx.page_outgoing(
-            owner=None if caller.operator else caller.owner,
-            job=query.job,
-            endpoint="" if query.endpoint == OWN else query.endpoint,
-            status=query.status,
-            before=before,
-            limit=query.limit + 1,
-        )
-        rows, more = found[: query.limit], len(found) > query.limit
-        tries = tx.tries_of([row.id for row in rows])
+def page(tx: Transaction, owner: str | None, query: DeliveriesQuery) -> DeliveriesPage:
+    """One page of the owner's deliveries, or of everybody's, newest first.
+
+    Raises: Refusal 422 for a cursor that is not ours.
+    """
+    found = tx.page_outgoing(
+        owner=owner,
+        job=query.job,
+        endpoint="" if query.endpoint == OWN else query.endpoint,
+        status=query.status,
+        before=None if query.cursor is None else _place(query.cursor),
+        limit=query.limit + 1,
+    )
+    rows, more = found[: query.limit], len(found) > query.limit
+    tries = tx.tries_of([row.id for row in rows])
     return DeliveriesPage(
         data=[present.delivery(row, tries) for row in rows],
         has_more=more,
@@ -175,7 +176,9 @@ def deliveries(deps: Deps, waker: Waker) -> APIBlueprint:
     @api.get("", operation_id="list_all_deliveries", responses={"200": DeliveriesPage})
     def index(query: DeliveriesQuery) -> Response:
         """Webhooks that are or were owed, newest first, with each try"""
-        return present.answer(page(deps, auth.caller(), query))
+        caller = auth.caller()
+        with deps.store.transaction() as tx:
+            return present.answer(page(tx, None if caller.operator else caller.owner, query))
 
     @api.get("/<delivery_id>", operation_id="get_delivery", responses={"200": DeliveryDetail})
     def show(path: DeliveryPath) -> Response:

@@ -214,12 +214,9 @@ def _secret(given: str | None) -> Secret:
 # --- what the routes do; pages call these too -------------------------------------------------
 
 
-def all_of(deps: Deps, caller: Caller, *, mine: bool = False) -> list[Webhook]:
-    """The caller's endpoints; an operator's are everybody's, unless only `mine`; oldest first."""
-    everybody = caller.operator and not mine
-    with deps.store.transaction() as tx:
-        found = tx.endpoints(None if everybody else caller.owner)
-    return [shown(endpoint, deps.clock()) for endpoint in found]
+def all_of(tx: Transaction, owner: str | None, now: datetime) -> list[Webhook]:
+    """The owner's endpoints, or everybody's; oldest first."""
+    return [shown(endpoint, now) for endpoint in tx.endpoints(owner)]
 
 
 def one(deps: Deps, caller: Caller, endpoint_id: str) -> Webhook:
@@ -485,7 +482,11 @@ def webhook_endpoints(deps: Deps, waker: Waker) -> APIBlueprint:
     @api.get("", operation_id="list_webhook_endpoints", responses={"200": Webhooks})
     def index(query: WebhooksQuery) -> Response:
         """All of them, oldest first"""
-        return present.answer(Webhooks(data=all_of(deps, auth.caller(), mine=query.mine)))
+        caller = auth.caller()
+        everybody = caller.operator and not query.mine
+        with deps.store.transaction() as tx:
+            found = all_of(tx, None if everybody else caller.owner, deps.clock())
+        return present.answer(Webhooks(data=found))
 
     @api.get("/<endpoint_id>", operation_id="get_webhook_endpoint", responses={"200": Webhook})
     def show(path: WebhookPath) -> Response:

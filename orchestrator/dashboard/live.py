@@ -13,10 +13,10 @@ from __future__ import annotations
 import itertools
 import secrets
 from collections import OrderedDict
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, urlencode
 
 from flask import Blueprint, Flask, Response, current_app, request
 from flask.blueprints import BlueprintSetupState
@@ -26,7 +26,7 @@ from orchestrator import streams
 from orchestrator.api import auth, problems
 from orchestrator.api.jobs import visible
 from orchestrator.api.problems import Refusal
-from orchestrator.dashboard import access, fleet, job
+from orchestrator.dashboard import access, fleet, job, webhooks
 from orchestrator.deps import Deps
 from orchestrator.streams import Channel, Entry, News
 from state.job import Job
@@ -38,7 +38,8 @@ KEPT = 256
 
 @dataclass(frozen=True)
 class Page:
-    """What is looked at: `fleet` with the query string of its view, or `job` with an id."""
+    """What is looked at: `fleet` or `webhooks` with the query string of its view, or `job` with
+    an id."""
 
     name: str
     what: str
@@ -84,18 +85,31 @@ class LocalLooker:
     def fragments(self, tx: Transaction, page: Page, before: int | None, after: int) -> str:
         known = self._kept.get((page, before or 0))
         with self._app.test_request_context(base_url=self.deps.settings.public_url or None):
-            if page.name == "fleet":
-                return fleet.fragments(tx, known, self._kept[page, after])
-            return job.fragments(tx, known, self._kept[page, after])
+            return _SHOWS[page.name](tx, known, self._kept[page, after])
 
     def close(self) -> None:
         """Nothing runs between two looks."""
 
     def _seen(self, tx: Transaction, page: Page) -> Any:
-        if page.name == "fleet":
-            view = fleet.View.of(MultiDict(parse_qsl(page.what)))
-            return fleet.look(tx, view, self.deps)
-        return job.look(tx, tx.job(page.what), self.deps)
+        return _SEES[page.name](tx, page.what, self.deps)
+
+
+def _args(what: str) -> MultiDict[str, str]:
+    return MultiDict(parse_qsl(what))
+
+
+#: By page, what it shows now.
+_SEES: Mapping[str, Callable[[Transaction, str, Deps], Any]] = {
+    "fleet": lambda tx, what, deps: fleet.look(tx, fleet.View.of(_args(what)), deps),
+    "job": lambda tx, what, deps: job.look(tx, tx.job(what), deps),
+    "webhooks": lambda tx, what, deps: webhooks.look(tx, webhooks.asked(_args(what)), deps.clock()),
+}
+#: By page, what differs between two of these.
+_SHOWS: Mapping[str, Callable[[Transaction, Any, Any], str]] = {
+    "fleet": fleet.fragments,
+    "job": job.fragments,
+    "webhooks": webhooks.fragments,
+}
 
 
 @dataclass(frozen=True)
@@ -137,6 +151,10 @@ def register(pages: Blueprint, deps: Deps) -> None:
     @pages.get("/live/fleet")
     def live_fleet() -> Response:
         return follow(Page("fleet", fleet.View.of(request.args).query()))
+
+    @pages.get("/live/webhooks")
+    def live_webhooks() -> Response:
+        return follow(Page("webhooks", urlencode(webhooks.said(webhooks.asked(request.args)))))
 
     @pages.get("/live/jobs/<job_id>")
     def live_job(job_id: str) -> Response:

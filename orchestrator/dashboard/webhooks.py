@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from datetime import timedelta
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Any
+from urllib.parse import urlencode
 
 from flask import Blueprint, flash, g, redirect, render_template, request, url_for
 from pydantic import ValidationError
@@ -12,10 +15,10 @@ from werkzeug.datastructures import MultiDict
 from werkzeug.wrappers import Response
 
 from orchestrator.api import deliveries, jobs, webhook_endpoints
-from orchestrator.api.deliveries import DeliveriesQuery
+from orchestrator.api.deliveries import DeliveriesPage, DeliveriesQuery
 from orchestrator.api.ids import new_id, plausible
 from orchestrator.api.problems import Refusal, refusal_of
-from orchestrator.api.webhook_endpoints import EndpointChange, EndpointIn, NewWebhook
+from orchestrator.api.webhook_endpoints import EndpointChange, EndpointIn, NewWebhook, Webhook
 from orchestrator.dashboard.access import inside
 from orchestrator.deps import Deps
 from orchestrator.waker import Waker
@@ -23,14 +26,90 @@ from state import endpoints as places
 from state.endpoints import Backlog
 from state.errors import NotFound, StokerError
 from state.events import OutgoingStatus
+from state.store import Transaction
 
 #: Deliveries on a page.
 PAGE = 30
 #: What was given up is told of for so long.
 GIVEN_UP = timedelta(days=7)
+#: By its name in a page's address, what is asked for; url_for() keeps `endpoint` to itself.
+FILTERS = {"job": "job", "to": "endpoint", "status": "status", "cursor": "cursor"}
 #: A glyph beside every colour.
 DELIVERY_GLYPHS = {"waiting": "◔", "delivered": "✔", "exhausted": "✖", "disabled": "■"}
 DELIVERY_KINDS = {"waiting": "info", "delivered": "ok", "exhausted": "bad", "disabled": ""}
+
+
+def asked(args: MultiDict[str, str]) -> DeliveriesQuery:
+    """What the filters of a page's address ask for. Raises: Refusal 422."""
+    found = {name: args[key] for key, name in FILTERS.items() if args.get(key)}
+    try:
+        return DeliveriesQuery.model_validate({**found, "limit": PAGE})
+    except ValidationError as error:
+        faults = [f"{name.strip('/')}: {why}" for name, why in _faults(error).items()]
+        raise Refusal(422, "invalid", "; ".join(faults)) from None
+
+
+def said(query: DeliveriesQuery) -> dict[str, Any]:
+    """The same as a page's address says it."""
+    return {key: value for key, name in FILTERS.items() if (value := getattr(query, name))}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Look:
+    """What of the page changes by itself. Two are equal when nothing happened between them."""
+
+    query: DeliveriesQuery
+    endpoints: list[Webhook]
+    backlog: list[Backlog]
+    deliveries: DeliveriesPage
+    now: datetime = field(compare=False)
+
+    @property
+    def urls(self) -> dict[str, str]:
+        return {item.id: item.url or "a listener" for item in self.endpoints}
+
+    @property
+    def stands(self) -> dict[str, dict[str, Backlog]]:
+        """By endpoint and status, what waits and what was given up."""
+        found: dict[str, dict[str, Backlog]] = {}
+        for item in self.backlog:
+            found.setdefault(item.endpoint, {})[item.status.value] = item
+        return found
+
+
+def look(tx: Transaction, query: DeliveriesQuery, now: datetime) -> Look:
+    """Everybody's endpoints, and those deliveries that are asked for."""
+    return Look(
+        query=query,
+        endpoints=webhook_endpoints.all_of(tx, None, now),
+        backlog=tx.webhook_backlog(now - GIVEN_UP),
+        deliveries=deliveries.page(tx, None, query),
+        now=now,
+    )
+
+
+def fragments(tx: Transaction, before: Look | None, after: Look) -> str:
+    """What changed between two looks, as parts to be swapped out of band; all of it, for who
+    had none."""
+    html: list[str] = []
+    same = before is not None and before.endpoints == after.endpoints
+    if before is None or not same or before.backlog != after.backlog:
+        html.append(render_template("webhooks_endpoints.html", oob=True, **_shown(after)))
+    if before is None or not same or before.deliveries != after.deliveries:
+        html.append(render_template("webhooks_deliveries.html", oob=True, **_shown(after)))
+    return "".join(html)
+
+
+def _shown(seen: Look) -> dict[str, Any]:
+    """What the parts are rendered with."""
+    return {
+        "look": seen,
+        "query": seen.query,
+        "here": url_for("pages.webhooks", **said(seen.query)),
+        "types": places.TYPES,
+        "overlap": places.OVERLAP,
+        "form_key": new_id("form", seen.now),
+    }
 
 
 def register(pages: Blueprint, deps: Deps, waker: Waker) -> None:
@@ -39,22 +118,15 @@ def register(pages: Blueprint, deps: Deps, waker: Waker) -> None:
     pages.add_app_template_global(DELIVERY_KINDS, "DELIVERY_KINDS")  # type: ignore[arg-type]
 
     def show(*, fresh: NewWebhook | None = None, faults: dict[str, str] | None = None) -> str:
-        query = _query(request.args)
+        query = asked(request.args)
         with deps.store.transaction() as tx:
-            backlog = tx.webhook_backlog(deps.clock() - GIVEN_UP)
-        found = webhook_endpoints.all_of(deps, g.caller)
+            seen = look(tx, query, deps.clock())
         return render_template(
             "webhooks.html",
-            endpoints=found,
-            urls={item.id: item.url or "a listener" for item in found},
-            backlog=_by_endpoint(backlog),
-            deliveries=deliveries.page(deps, g.caller, query),
-            query=query,
+            **_shown(seen),
+            live=urlencode(said(query)),
             statuses=[status.value for status in OutgoingStatus],
-            types=places.TYPES,
-            overlap=places.OVERLAP,
             form=request.form,
-            form_key=new_id("form", deps.clock()),
             fresh=fresh,
             faults=faults or {},
         )
@@ -208,18 +280,6 @@ def _form_key() -> str | None:
     return key if plausible(key) else None
 
 
-def _query(args: MultiDict[str, str]) -> DeliveriesQuery:
-    """What the filters ask for. Raises: Refusal 422."""
-    # url_for() keeps the name `endpoint` to itself
-    names = {"job": "job", "to": "endpoint", "status": "status", "cursor": "cursor"}
-    said = {name: args[key] for key, name in names.items() if args.get(key)}
-    try:
-        return DeliveriesQuery.model_validate({**said, "limit": PAGE})
-    except ValidationError as error:
-        faults = [f"{name.strip('/')}: {why}" for name, why in _faults(error).items()]
-        raise Refusal(422, "invalid", "; ".join(faults)) from None
-
-
 def _faults(error: ValidationError) -> dict[str, str]:
     """By the first part of the pointer."""
     return {
@@ -230,10 +290,3 @@ def _faults(error: ValidationError) -> dict[str, str]:
 
 def _words(refusal: Refusal) -> str:
     return "; ".join(why for _, why in refusal.errors) or refusal.detail
-
-
-def _by_endpoint(backlog: list[Backlog]) -> dict[str, dict[str, Backlog]]:
-    found: dict[str, dict[str, Backlog]] = {}
-    for item in backlog:
-        found.setdefault(item.endpoint, {})[item.status.value] = item
-    return found

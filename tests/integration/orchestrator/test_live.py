@@ -14,6 +14,9 @@ from werkzeug.test import TestResponse
 
 from gpu_agent import wire
 from orchestrator import streams
+from orchestrator.api import auth, webhook_endpoints
+from orchestrator.api.auth import Caller
+from orchestrator.api.webhook_endpoints import EndpointIn
 from state import record
 from tests.integration.orchestrator.conftest import Edge
 
@@ -219,3 +222,36 @@ def test_a_jobs_page_is_sent_whole_and_then_what_changed(edge: Edge) -> None:
 
 def test_a_job_that_is_not_there_has_no_live_page(edge: Edge) -> None:
     assert live(edge.page(), "/live/jobs/job_nowhere").status_code == 404
+
+
+def test_the_webhooks_page_is_sent_whole_and_then_what_changed(edge: Edge) -> None:
+    caller = Caller(owner="alice", scopes=frozenset({auth.WRITE}))
+    shop = EndpointIn(url="https://shop.test/hooks")
+    made, _ = webhook_endpoints.create(edge.deps, caller, shop)
+    browser = edge.page()
+    answer, other = live(browser, "/live/webhooks"), live(browser, "/live/webhooks?to=we_other")
+    _, whole = some_of(answer, 2)
+    assert "https://shop.test/hooks" in next(messages(whole)).data
+    some_of(other, 2)
+    sent = webhook_endpoints.send_test(edge.deps, lambda *_: None, caller, made.id)
+    (news,) = some_of(answer, 1)
+    (message,) = messages(news)
+    assert f'id="delivery-{sent.id}"' in message.data
+    assert "1 waiting" in message.data
+    (news,) = some_of(other, 1)  # whose filter leaves it out
+    (message,) = messages(news)
+    assert sent.id not in message.data
+    assert "1 waiting" in message.data
+
+
+def test_nothing_of_one_session_is_in_a_live_page(edge: Edge) -> None:
+    caller = Caller(owner="alice", scopes=frozenset({auth.WRITE}))
+    made, _ = webhook_endpoints.create(edge.deps, caller, EndpointIn(url="https://shop.test/"))
+    _, whole = some_of(live(edge.page(), "/live/webhooks"), 2)
+    assert "csrf" not in whole.decode()
+    assert made.secret not in whole.decode()
+
+
+def test_a_live_page_of_no_such_view_is_refused(edge: Edge) -> None:
+    for path in ("/live/webhooks?status=lost", "/live/webhooks?cursor=x"):
+        assert live(edge.page(), path).status_code == 422, path
