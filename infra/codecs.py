@@ -32,6 +32,7 @@ from state.events import (
 )
 from state.job import GpuNeeds, Job, JobRequest, Reason, Status
 from state.lease import Lease, LeaseStatus
+from state.orphan import Orphan
 from state.rehearsal import Rehearsal
 
 T = TypeVar("T")
@@ -304,6 +305,7 @@ def attempts(box: SecretBox) -> Codec[Attempt]:
 
 
 LEASES = Codec(Lease, schema.leases, write={"status": _value_of}, read={"status": LeaseStatus})
+ORPHANS = Codec(Orphan, schema.orphans)
 EVENTS = Codec(Event, schema.events, write={"data": jsonb})
 OUTGOING = Codec(
     Outgoing,

@@ -40,17 +40,20 @@ class Instance:
 
     `starting` (created, loading), `running`, `ended` (exited, stopped, abandoned: it will not
     run again by itself) or `lost` (unknown, offline: it may come back). `preempted` says that the
-    market itself stopped it: outbid, or its GPU was wanted on demand.
+    market itself stopped it: outbid, or its GPU was wanted on demand. `price` is micro-USD per
+    hour, GPU and disk; `download_price` micro-USD per GB.
     """
 
     id: str
     label: str
     machine_id: str
     phase: str
+    gpu_name: str = ""
     preempted: bool = False
     message: str = ""
     started_at: datetime | None = None
     price: int = 0
+    download_price: int = 0
     raw: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
 

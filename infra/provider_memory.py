@@ -250,6 +250,7 @@ class MemoryProvider:
             label=rental.label,
             machine_id=rental.offer.machine_id,
             phase=rental.phase or ("running" if booted else "starting"),
+            gpu_name=rental.offer.gpu_name,
             message="running" if booted else "Pull complete",
             started_at=rental.created_at,
             price=rental.offer.price,

@@ -222,6 +222,26 @@ Index(
     postgresql_where=leases.c.status != LeaseStatus.RELEASED.value,
 )
 
+orphans = Table(
+    "orphans",
+    metadata,
+    _id("id"),
+    _id("label"),
+    _id("job"),
+    _text("machine_id"),
+    _text("gpu_name"),
+    _count("price"),
+    _count("pulled"),
+    _time("started_at"),
+    _time("seen_at"),
+    _time("ended_at", null=True),
+    _time("gone_at", null=True),
+    PrimaryKeyConstraint("id"),
+)
+Index("orphans_label", orphans.c.label)
+Index("orphans_started_at", orphans.c.started_at)
+Index("orphans_open", orphans.c.started_at, postgresql_where=orphans.c.gone_at.is_(None))
+
 events = Table(
     "events",
     metadata,

@@ -49,6 +49,7 @@ from infra.schema import (
     events,
     jobs,
     leases,
+    orphans,
     outgoing,
     spend,
     webhook_endpoints,
@@ -389,6 +390,22 @@ def leases_between(
     if after is not None:
         wanted = wanted.where(tuple_(leases.c.created_at, leases.c.id) > after)
     return wanted
+
+
+def orphans_where(*conditions: ColumnElement[bool]) -> Select[Any]:
+    return listing(codecs.ORPHANS, "started_at", "id").where(*conditions)
+
+
+def open_orphans() -> Select[Any]:
+    return orphans_where(orphans.c.gone_at.is_(None))
+
+
+def orphans_between(start: datetime, end: datetime) -> Select[Any]:
+    return orphans_where(orphans.c.started_at >= start, orphans.c.started_at < end)
+
+
+def orphans_labelled(label: str) -> Select[Any]:
+    return orphans_where(orphans.c.label == label)
 
 
 @cache

@@ -46,6 +46,7 @@ from state.events import (
 )
 from state.job import Job, JobRequest, Status
 from state.lease import Lease
+from state.orphan import Orphan
 
 T = TypeVar("T")
 
@@ -430,6 +431,9 @@ class SqlTransaction:
     def lease_by_token(self, token_hash: str, *, lock: bool = False) -> Lease | None:
         return self._find(codecs.LEASES, lock=lock, token_hash=token_hash)
 
+    def lease_by_label(self, label: str, *, lock: bool = False) -> Lease | None:
+        return self._find(codecs.LEASES, lock=lock, label=label)
+
     def leases_since(self, when: datetime) -> list[Lease]:
         return self._values(codecs.LEASES, statements.leases_since(when))
 
@@ -456,6 +460,23 @@ class SqlTransaction:
 
     def claim_due_leases(self, now: datetime, until: datetime, limit: int) -> list[Lease]:
         return self._claim_all(codecs.LEASES, now, until, limit)
+
+    # orphans
+
+    def save_orphan(self, orphan: Orphan) -> None:
+        self._put(codecs.ORPHANS, orphan, ("id",))
+
+    def orphan(self, orphan_id: str) -> Orphan | None:
+        return self._find(codecs.ORPHANS, id=orphan_id)
+
+    def open_orphans(self) -> list[Orphan]:
+        return self._values(codecs.ORPHANS, statements.open_orphans())
+
+    def orphans_between(self, start: datetime, end: datetime) -> list[Orphan]:
+        return self._values(codecs.ORPHANS, statements.orphans_between(start, end))
+
+    def orphans_labelled(self, label: str) -> list[Orphan]:
+        return self._values(codecs.ORPHANS, statements.orphans_labelled(label))
 
     # events
 

@@ -546,10 +546,12 @@ class VastProvider:
             label=_text(row.get("label")),
             machine_id=_text(row.get("machine_id")),
             phase=phase(row),
+            gpu_name=_text(row.get("gpu_name")),
             preempted=_preempted(row),
             message=_text(row.get("status_msg")).replace(self._key, "***").strip()[:500],
             started_at=_moment(row.get("start_date")),
             price=_micro(row, "dph_total") or 0,
+            download_price=_micro(row, "inet_down_cost") or 0,
             raw={key: value for key, value in row.items() if not SECRET_KEYS.search(str(key))},
         )
 

@@ -39,6 +39,7 @@ from state.events import (
 )
 from state.job import TERMINAL, Job, Status
 from state.lease import Lease
+from state.orphan import Orphan
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -125,6 +126,9 @@ class _Data:
         self.leases_by_job: dict[str, Rows[str, None]] = defaultdict(Rows)
         self.labels: Rows[str, str] = Rows()
         self.open_leases: Rows[tuple[str, int, bool], str] = Rows()
+        self.orphans: Rows[str, Orphan] = Rows()
+        self.open_orphans: Rows[str, None] = Rows()
+        self.orphans_by_label: dict[str, Rows[str, None]] = defaultdict(Rows)
         self.events: dict[str, Rows[int, Event]] = defaultdict(Rows)
         self.reports: Rows[tuple[str, int, int], None] = Rows()
         self.webhook_ids: Rows[str, None] = Rows()
@@ -449,6 +453,10 @@ class MemoryTransaction:
         lease_id = self._data.tokens.get(token_hash)
         return None if lease_id is None else self.lease(lease_id)
 
+    def lease_by_label(self, label: str, *, lock: bool = False) -> Lease | None:
+        lease_id = self._data.labels.get(label)
+        return None if lease_id is None else self.lease(lease_id)
+
     def leases_since(self, when: datetime) -> list[Lease]:
         found: list[Lease] = []
         # Newest last: leases are stored as they are made.
@@ -491,6 +499,36 @@ class MemoryTransaction:
 
     def claim_due_leases(self, now: datetime, until: datetime, limit: int) -> list[Lease]:
         return [lease for _, lease in self._claim(self._data.leases, now, until, limit)]
+
+    # orphans
+
+    def save_orphan(self, orphan: Orphan) -> None:
+        data, old = self._data, self.orphan(orphan.id)
+        if old is not None:
+            self._drop(data.orphans_by_label[old.label], old.id)
+        self._put(data.orphans, orphan.id, orphan)
+        self._put(data.orphans_by_label[orphan.label], orphan.id, None)
+        if orphan.gone_at is None:
+            self._put(data.open_orphans, orphan.id, None)
+        else:
+            self._drop(data.open_orphans, orphan.id)
+
+    def orphan(self, orphan_id: str) -> Orphan | None:
+        return self._data.orphans.get(orphan_id)
+
+    def open_orphans(self) -> list[Orphan]:
+        return self._orphans(self._data.open_orphans)
+
+    def orphans_between(self, start: datetime, end: datetime) -> list[Orphan]:
+        found = self._orphans(self._data.orphans)
+        return [orphan for orphan in found if start <= orphan.started_at < end]
+
+    def orphans_labelled(self, label: str) -> list[Orphan]:
+        return self._orphans(self._data.orphans_by_label.get(label, ()))
+
+    def _orphans(self, ids: Collection[str]) -> list[Orphan]:
+        found = (self._data.orphans[orphan_id] for orphan_id in ids)
+        return sorted(found, key=lambda orphan: (orphan.started_at, orphan.id))
 
     # events
 

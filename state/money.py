@@ -12,6 +12,7 @@ from datetime import UTC, datetime, timedelta
 from state import policy
 from state.job import Job, Reason
 from state.lease import Lease, LeaseStatus
+from state.orphan import Orphan
 from state.policy import Policy
 
 HOUR, DAY = timedelta(hours=1), timedelta(days=1)
@@ -83,6 +84,19 @@ def within(lease: Lease, start: datetime, end: datetime, now: datetime) -> int:
     last = lease.released_at or max(lease.expires_at, now)
     moved = bandwidth(lease) if start <= began < end else 0
     return _for(lease.price, min(last, end) - max(began, start)) + moved
+
+
+def orphaned(orphan: Orphan, now: datetime) -> int:
+    """What an orphan cost from its start to its end, or until `now`: its whole price, which is
+    more than the truth by the GPU's part of the time in which it did not run, and its image."""
+    return _for(orphan.price, (orphan.end or now) - orphan.started_at) + orphan.pulled
+
+
+def orphaned_within(orphan: Orphan, start: datetime, end: datetime, now: datetime) -> int:
+    """What an orphan cost between two times, as far as they have come."""
+    pulled = orphan.pulled if start <= orphan.started_at < end else 0
+    lasted = min(orphan.end or now, end) - max(orphan.started_at, start)
+    return _for(orphan.price, lasted) + pulled
 
 
 def _for(price: int, span: timedelta) -> int:
@@ -185,11 +199,12 @@ def over_limit(
     spent_ever: int,
     credit: int | None,
     now: datetime,
+    orphans: Sequence[Orphan] = (),
 ) -> Reason | None:
-    """Why `new` may not be rented beside `leases` (those since the horizon, and all open ones),
-    or None when it may."""
+    """Why `new` may not be rented beside `leases` (those since the horizon, and all open ones)
+    and `orphans` (likewise), or None when it may."""
     with_new = [*leases, new]
-    for name, used, limit in usage(limits, with_new, spent_ever, now):
+    for name, used, limit in usage(limits, with_new, spent_ever, now, orphans):
         if used > limit:
             most = f"{used} of at most {limit} machines would be rented"
             if name != "machines":
@@ -213,7 +228,11 @@ WORDS = {
 
 
 def usage(
-    limits: Limits, leases: Sequence[Lease], spent_ever: int, now: datetime
+    limits: Limits,
+    leases: Sequence[Lease],
+    spent_ever: int,
+    now: datetime,
+    orphans: Sequence[Orphan] = (),
 ) -> Iterator[tuple[str, int, int]]:
     """Of each limit that is set: its name, what is used or set aside of it, the limit."""
     held = [lease for lease in leases if lease.open]
@@ -225,7 +244,11 @@ def usage(
         begin = _begin(now, length)
         if limit:
             spans = ((begin, begin + length), (begin + length, begin + 2 * length))
-            worst_of = (sum(within(item, *span, now) for item in leases) for span in spans)
+            worst_of = (
+                sum(within(item, *span, now) for item in leases)
+                + sum(orphaned_within(item, *span, now) for item in orphans)
+                for span in spans
+            )
             yield name, max(worst_of), limit
     if limits.total:
         yield "total", spent_ever + sum(lease.reserved for lease in held), limits.total

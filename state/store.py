@@ -28,6 +28,7 @@ from state.events import (
 )
 from state.job import Job, Status
 from state.lease import Lease
+from state.orphan import Orphan
 
 
 class Transaction(Protocol):
@@ -100,6 +101,7 @@ class Transaction(Protocol):
         """For each of `ids`, its leases, oldest first."""
 
     def lease_by_token(self, token_hash: str, *, lock: bool = False) -> Lease | None: ...
+    def lease_by_label(self, label: str, *, lock: bool = False) -> Lease | None: ...
     # Only of real machines, as is all that counts money: what is rehearsed costs none.
     def leases_since(self, when: datetime) -> list[Lease]:
         """Created at `when` or later, oldest first."""
@@ -123,6 +125,20 @@ class Transaction(Protocol):
         """Those of these offers that an open lease is for."""
 
     def claim_due_leases(self, now: datetime, until: datetime, limit: int) -> list[Lease]: ...
+
+    # orphans
+    def save_orphan(self, orphan: Orphan) -> None:
+        """Adds; one with the same id is replaced."""
+
+    def orphan(self, orphan_id: str) -> Orphan | None: ...
+    def open_orphans(self) -> list[Orphan]:
+        """Those that nobody saw gone, oldest first."""
+
+    def orphans_between(self, start: datetime, end: datetime) -> list[Orphan]:
+        """Started at `start` or later and before `end`, oldest first."""
+
+    def orphans_labelled(self, label: str) -> list[Orphan]:
+        """With this label, oldest first."""
 
     # events
     def add_events(self, events: Sequence[Event]) -> list[bool]:
@@ -237,7 +253,7 @@ class Transaction(Protocol):
     def hosts(self) -> list[HostRecord]: ...
     def save_host(self, record: HostRecord) -> None: ...
     def add_spend(self, *, lease: str, job: str, at: datetime, amount: int) -> None:
-        """Micro-USD; one row per lease (a second call replaces it)."""
+        """Micro-USD; one row per lease, or whatever else costs (a second call replaces it)."""
 
     def spend_since(self, when: datetime) -> int: ...
     def spend_of(self, job_id: str) -> int: ...

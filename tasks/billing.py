@@ -11,7 +11,7 @@ from infra.provider import Provider
 from state import money
 from state.errors import ProviderError
 from state.lease import Lease
-from state.store import Store
+from state.store import Store, Transaction
 
 #: How long after a lease's end the market is asked what it charged. Invoices lag; the last answer
 #: is final.
@@ -23,7 +23,8 @@ _log = structlog.get_logger()
 
 def settle(store: Store, provider: Provider, leases: Sequence[Lease], now: datetime) -> None:
     """Record what was charged for those of `leases` that are over and due. An answer that cannot
-    be read changes nothing."""
+    be read changes nothing. Charges come by label: what orphans with the same label cost is none of
+    the lease's."""
     due = [lease for lease in leases if lease.released_at and lease.due_at and lease.rented_at]
     if not due:
         return
@@ -43,8 +44,26 @@ def settle(store: Store, provider: Provider, leases: Sequence[Lease], now: datet
             row = tx.lease(lease.id, lock=True)
             tries = row.tries + 1
             again = (row.released_at or now) + ASKS[tries] if tries < len(ASKS) else None
-            billed = charged.get(row.label, row.billed)
+            billed = row.billed
+            if row.label in charged:
+                others = tx.orphans_labelled(row.label)
+                apart = sum(money.orphaned(orphan, now) for orphan in others)
+                billed = max(0, charged[row.label] - apart)
             row = row.evolve(billed=billed, tries=tries, due_at=again)
             tx.save_lease(row)
             at, amount = row.released_at or now, money.spent(row, now)
             tx.add_spend(lease=row.id, job=row.job, at=at, amount=amount)
+
+
+def ask_again(tx: Transaction, lease: Lease, now: datetime) -> None:
+    """Forget what was charged for a lease that is over (and locked): an orphan with its label was
+    in that. The market is asked once more, when its invoices can be complete."""
+    at = lease.released_at
+    if lease.billed is None or at is None:
+        return
+    tries, due_at = lease.tries, lease.due_at
+    if due_at is None:
+        tries, due_at = len(ASKS) - 1, now + ASKS[-1]
+    lease = lease.evolve(billed=None, tries=tries, due_at=due_at)
+    tx.save_lease(lease)
+    tx.add_spend(lease=lease.id, job=lease.job, at=at, amount=money.spent(lease, now))

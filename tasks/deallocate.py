@@ -21,7 +21,7 @@ from state.job import Job, Reason, Status
 from state.lease import Lease, LeaseStatus
 from state.policy import Policy
 from state.store import Store, Transaction
-from tasks import billing
+from tasks import billing, orphans
 from tasks.allocate import rented
 from tasks.reconcile import RECEIVER
 
@@ -354,7 +354,8 @@ def sweep(keeper: Keeper, deployment: str, *, dry_run: bool = False) -> Swept:
     An instance with our prefix and without an open lease is a suspect at first sight and is
     destroyed at the second. One without our prefix is never touched. A rented lease whose
     instance is missing from two readable lists, or that ended by itself, stalls its job. A list
-    that suddenly shows none of our machines is believed at the third sight.
+    that suddenly shows none of our machines is believed at the third sight. What orphans cost is
+    written down before they are destroyed.
     """
     now = keeper.clock()
     try:
@@ -385,8 +386,11 @@ def sweep(keeper: Keeper, deployment: str, *, dry_run: bool = False) -> Swept:
     )
     if dry_run:
         return swept
+    if not doubtful:
+        orphans.note(keeper.store, unowned, listed, keeper.image_bytes, now)
     for instance_id in doomed:
-        keeper.destroy(instance_id)
+        if keeper.destroy(instance_id):
+            orphans.ended(keeper.store, instance_id, keeper.clock())
     credit = _read_credit(keeper, now)
     if doubtful:
         _log.error("sweep: the list shows none of our machines; not believed yet", sight=doubts)

@@ -20,6 +20,7 @@ from state.events import (
 )
 from state.job import GpuNeeds, Reason, Status
 from state.lease import LeaseStatus
+from state.orphan import Orphan
 
 # --- transactions -----------------------------------------------------------------------------
 
@@ -47,6 +48,7 @@ def everything_once(tx, make):
     tx.begin_idempotent(idempotent(make))
     tx.save_host(HostRecord(machine_id="m1", good=1))
     tx.add_spend(lease="lease_x", job=job.id, at=make.now, amount=7)
+    tx.save_orphan(orphan(make))
     tx.beat("sweep", make.now)
     return job
 
@@ -75,6 +77,9 @@ def remains(tx, make):
         tx.spend_of("job_x"),
         tx.spend_since(make.now),
         tx.reserved(),
+        tx.open_orphans(),
+        tx.orphans_between(make.now, make.after(1)),
+        tx.orphans_labelled("stoker/job_x/1-0"),
         tx.beats(),
     ]
 
@@ -120,6 +125,7 @@ def test_changes_that_are_rolled_back_give_way_to_what_was_there(store, make):
             tx.drop_idempotent_before(make.after(1), 10)
             tx.save_host(HostRecord(machine_id="m1", bad=1))
             tx.add_spend(lease="lease_x", job="job_y", at=make.after(7200), amount=99)
+            tx.save_orphan(orphan(make, label="other", gone_at=make.after(1)))
             tx.beat("sweep", make.after(1))
             tx.drop_events_before(make.after(1), 10)
             raise Interrupted
@@ -917,6 +923,40 @@ def test_spend_is_counted_once_per_lease(make, commit):
     assert commit("spend_of", "job_1") == 230
     assert commit("spend_since", make.after(-60)) == 235
     assert isinstance(commit("spend_of", "job_1"), int)
+
+
+def orphan(make, id="77", **changes):
+    times = {"started_at": make.now, "seen_at": make.now}
+    return Orphan(**{"id": id, "label": "stoker/job_x/1-0", "price": 5, **times, **changes})
+
+
+def test_orphans_are_found_by_their_start_their_label_and_whether_they_are_there(make, commit):
+    first = orphan(make, "9", started_at=make.after(-60), machine_id="m1", gpu_name="RTX 4090")
+    second = orphan(make, "10", label="stoker/b", job="job_1")
+    for one in (second, first, first):
+        commit("save_orphan", one)
+    assert commit("orphan", "9") == first
+    assert commit("orphan", "8") is None
+    assert commit("open_orphans") == [first, second]
+    assert commit("orphans_between", make.after(-60), make.now) == [first]
+    assert commit("orphans_between", make.after(-59), make.after(1)) == [second]
+    assert commit("orphans_labelled", "stoker/b") == [second]
+    assert commit("orphans_labelled", "stoker/c") == []
+    gone = first.evolve(ended_at=make.after(1), gone_at=make.after(30), price=2**53)
+    commit("save_orphan", gone)
+    assert commit("orphan", "9") == gone
+    assert commit("open_orphans") == [second]
+    commit("save_orphan", first)  # it is there again
+    assert commit("open_orphans") == [first, second]
+    assert commit("orphans_labelled", first.label) == [first]
+
+
+def test_a_lease_is_found_by_its_label(make, commit):
+    lease = make.lease("job_1")
+    commit("add_lease", lease)
+    commit("add_lease", make.lease("job_2"))
+    assert commit("lease_by_label", lease.label) == lease
+    assert commit("lease_by_label", "stoker/other") is None
 
 
 def test_the_last_beat_of_a_name_counts(make, commit):
