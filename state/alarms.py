@@ -179,7 +179,7 @@ def _money(book: Book, opened: Sequence[Lease], limits: Limits, now: datetime) -
                 f"{money.dollars(credit)} of credit last {hours:.1f} h at {money.dollars(burn)}/h"
             )
             yield _critical("runway.low", words, at)
-    for name, used, limit in money.usage(limits, book.leases, book.spent_ever, now):
+    for name, used, limit in money.usage(limits, book.leases, book.spent_ever, now, book.orphans):
         if used >= NEAR * limit:
             words = f"{used / limit:.0%} of the limit is spent or set aside"
             over = used >= limit

@@ -14,6 +14,7 @@ from state import money, policy
 from state.job import Reason, Status
 from state.lease import Lease, LeaseStatus
 from state.money import Limits
+from state.orphan import Orphan
 from state.policy import Policy
 from state.renting import LOST_RACE
 from state.store import Transaction
@@ -37,11 +38,12 @@ _NO_FAILURES = (LOST_RACE, f"its job is {Status.CANCELLED}")
 @dataclass(frozen=True, kw_only=True)
 class Book:
     """What a decision on renting looks at: leases since the limits' horizon and all open ones,
-    oldest first; the beats; what was spent ever."""
+    oldest first; the beats; what was spent ever (micro-USD); orphans as leases."""
 
     leases: Sequence[Lease]
     beats: Beats
     spent_ever: int = 0
+    orphans: Sequence[Orphan] = ()
 
 
 def read(tx: Transaction, limits: Limits, now: datetime, rules: Policy = policy.DEFAULT) -> Book:
@@ -53,7 +55,11 @@ def read(tx: Transaction, limits: Limits, now: datetime, rules: Policy = policy.
     found = {lease.id: lease for lease in (*tx.open_leases(), *recent)}
     leases = sorted(found.values(), key=lambda lease: (lease.created_at, lease.id))
     ever = tx.spend_since(datetime.min.replace(tzinfo=now.tzinfo)) if limits.total else 0
-    return Book(leases=leases, beats=beats, spent_ever=ever)
+    orphans = {}
+    if horizon and (limits.per_hour or limits.per_day):
+        past = tx.orphans_between(horizon, now)
+        orphans = {orphan.id: orphan for orphan in (*tx.open_orphans(), *past)}
+    return Book(leases=leases, beats=beats, spent_ever=ever, orphans=tuple(orphans.values()))
 
 
 #: Codes of what stops all renting, whatever it is.
@@ -83,6 +89,7 @@ def refused(book: Book, limits: Limits, new: Lease, now: datetime) -> Reason | N
         spent_ever=book.spent_ever,
         credit=credit(book.beats, now),
         now=now,
+        orphans=book.orphans,
     )
 
 

@@ -8,10 +8,12 @@ from flask import Response
 from flask_openapi.blueprint import APIBlueprint
 from pydantic import Field
 
+from infra.settings import Settings
 from orchestrator.api import present
 from orchestrator.api.schemas import MicroUsd, Out
 from orchestrator.deps import Deps
 from state import brakes, money
+from state.store import Transaction
 
 
 class LimitUsed(Out):
@@ -43,12 +45,10 @@ class Account(Out):
     renting: Renting
 
 
-def standing(deps: Deps) -> Account:
+def standing(tx: Transaction, settings: Settings, now: datetime) -> Account:
     """The account as the last sweep read it."""
-    now, settings = deps.clock(), deps.settings
     limits = settings.limits
-    with deps.store.transaction() as tx:
-        book, opened = brakes.read(tx, limits, now), tx.open_leases()
+    book, opened = brakes.read(tx, limits, now), tx.open_leases()
     credit, read_at = _read(book.beats)
     burn = money.burn(opened)
     unread = brakes.unreadable_since(book.beats, brakes.NO_CREDIT_READ, brakes.CREDIT)
@@ -71,7 +71,9 @@ def standing(deps: Deps) -> Account:
                 limit=limit,
                 share=round(used / limit, 4),
             )
-            for name, used, limit in money.usage(limits, book.leases, book.spent_ever, now)
+            for name, used, limit in money.usage(
+                limits, book.leases, book.spent_ever, now, book.orphans
+            )
         ],
         renting=Renting(
             stopped=stop is not None,
@@ -95,4 +97,5 @@ def register(api: APIBlueprint, deps: Deps) -> None:
     def get_account() -> Response:
         """The market's account: credit, what burns it, how long it lasts; limits; whether
         anything may be rented"""
-        return present.answer(standing(deps))
+        with deps.store.transaction() as tx:
+            return present.answer(standing(tx, deps.settings, deps.clock()))

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from gpu_agent.wire import Fact, Order
+from infra.provider import LaunchSpec
 from infra.provider_memory import Fault, MemoryProvider
 from state import alarms, brakes, money, record
 from state.errors import Unreadable
-from state.job import Status
+from state.job import GpuNeeds, Status
 from state.lease import LeaseStatus
 from state.money import Limits
 from tasks.deallocate import sweep
@@ -147,6 +148,22 @@ def test_a_machine_beside_a_slow_one_keeps_both_within_the_cap(clock: Any) -> No
             + other.price * race / timedelta(hours=1)
         )
         assert most <= 400_000 * 1.01
+
+
+@pytest.mark.parametrize(
+    "limits", [{"per_hour": 300_000}, {"per_day": 300_000}, {"total": 300_000}]
+)
+def test_what_orphans_cost_is_spent_of_every_budget(busy: World, limits: dict[str, int]) -> None:
+    spec = LaunchSpec(label="test/job_x/1-0", image="i", disk_gb=10, onstart="true")
+    busy.provider.create(busy.provider.offers(GpuNeeds())[0], spec)
+    busy.clock.advance(2700)
+    limited(busy, **limits)
+    for _ in range(2):
+        sweep(busy.keeper, "test")
+    (code,) = (code for code in codes(busy) if code.startswith("budget."))
+    assert codes(busy)[code].message.startswith("100%")
+    assert rent(busy, "job_1") is None
+    assert "$0.3" in why(busy, "job_1")
 
 
 # --- the account ------------------------------------------------------------------------------
