@@ -2,7 +2,7 @@
 
 `state.money.spent` alone says what a lease cost; here that amount is only given a name, so sums
 agree with the leases to the micro-dollar. A machine counts where it was rented: on that day (UTC),
-for that job, on that host.
+for that job, on that host. An orphan, which nobody rented, counts where it began.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from state import money
 from state.job import Job, Status
 from state.lease import Lease, LeaseStatus
+from state.orphan import Orphan
 from state.renting import LOST_RACE
 
 
@@ -31,13 +32,15 @@ class Split:
     """Money by what it went into.
 
     Attributes:
-        machines: instances that were rented.
+        machines: instances that were rented; orphans are none of them.
         completed: jobs that were completed, counted with the machine that did it.
         training: of machines whose agent said hello, from then on, unless their attempt failed.
         boot: of the same machines, from the create call until the hello; and of those that boot.
         failed: of machines whose attempt failed, or that never became ready, from first to last.
         other: of machines that nobody is to blame for and that trained nothing: the slower of two
             that were rented for one attempt, those whose job was cancelled while they booted.
+        orphan: of instances that no open lease was for, as `state.money.orphaned` says; of one
+            whose lease was closed too early, what it cost after that.
     """
 
     machines: int = 0
@@ -46,10 +49,11 @@ class Split:
     boot: int = 0
     failed: int = 0
     other: int = 0
+    orphan: int = 0
 
     @property
     def total(self) -> int:
-        return self.training + self.boot + self.failed + self.other
+        return self.training + self.boot + self.failed + self.other + self.orphan
 
     @property
     def per_completed(self) -> int | None:
@@ -64,6 +68,7 @@ class Split:
             self.boot + more.boot,
             self.failed + more.failed,
             self.other + more.other,
+            self.orphan + more.orphan,
         )
 
 
@@ -130,3 +135,27 @@ def add(
         if split.machines:
             name = key(lease, job)
             groups[name] = groups.get(name, NOTHING) + split
+
+
+_ORPHAN_KEYS: Mapping[GroupBy, Callable[[Orphan, Job | None], str]] = {
+    GroupBy.DAY: lambda orphan, job: orphan.started_at.astimezone(UTC).date().isoformat(),
+    GroupBy.HOST: lambda orphan, job: orphan.machine_id,
+    GroupBy.GPU: lambda orphan, job: orphan.gpu_name,
+    GroupBy.JOB: lambda orphan, job: orphan.job,
+    GroupBy.OWNER: lambda orphan, job: job.owner if job else "",
+}
+
+
+def add_orphans(
+    groups: dict[str, Split],
+    orphans: Iterable[Orphan],
+    jobs: Mapping[str, Job],
+    group_by: GroupBy,
+    now: datetime,
+) -> None:
+    """Add what these orphans cost to their `groups`; those that cost nothing are in none."""
+    key = _ORPHAN_KEYS[group_by]
+    for orphan in orphans:
+        if amount := money.orphaned(orphan, now):
+            name = key(orphan, jobs.get(orphan.job))
+            groups[name] = groups.get(name, NOTHING) + Split(orphan=amount)

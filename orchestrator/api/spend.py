@@ -15,6 +15,7 @@ from orchestrator.api.schemas import MicroUsd, Out
 from orchestrator.deps import Deps
 from state import money, spending
 from state.spending import GroupBy, Split
+from state.store import Transaction
 
 #: What is looked at unless the query says since when; and at most.
 USUAL, LONGEST = timedelta(days=30), timedelta(days=400)
@@ -43,7 +44,8 @@ class SpendQuery(BaseModel):
 
     group_by: GroupBy = GroupBy.DAY
     since: Moment | None = Field(
-        default=None, description="machines rented from then on; 30 days before `until` if left out"
+        default=None,
+        description="machines that began from then on; 30 days before `until` if left out",
     )
     until: Moment | None = Field(default=None, description="and before then; now, if left out")
     limit: Annotated[int, Field(ge=1, le=1000)] = 400
@@ -53,13 +55,16 @@ class SpendRow(Out):
     """A group's money, in micro-USD."""
 
     key: str = Field(description="the day (UTC), the machine's number, the GPU, the job, the owner")
-    machines: int = Field(description="instances that were rented")
+    machines: int = Field(description="instances that were rented; orphans are none")
     completed: int = Field(description="jobs completed on them")
     training: MicroUsd
     boot: MicroUsd = Field(description="from the create call until the agent's hello")
     failed: MicroUsd = Field(description="machines whose attempt failed or never became ready")
     other: MicroUsd = Field(
         description="the slower of two machines, jobs cancelled while it booted"
+    )
+    orphan: MicroUsd = Field(
+        description="instances of ours that no open lease was for, until they were gone"
     )
     total: MicroUsd
     per_completed: MicroUsd | None = Field(description="total by completed jobs; null without any")
@@ -75,6 +80,7 @@ class SpendRow(Out):
             boot=split.boot,
             failed=split.failed,
             other=split.other,
+            orphan=split.orphan,
             total=split.total,
             per_completed=split.per_completed,
             display=money.dollars(split.total),
@@ -93,20 +99,19 @@ class Spend(Out):
     total: SpendRow
 
 
-def spent(deps: Deps, query: SpendQuery) -> Spend:
-    """What was spent on machines rented within the query's time.
+def spent(tx: Transaction, query: SpendQuery, now: datetime) -> Spend:
+    """What was spent on machines rented, and on orphans that began, within the query's time.
 
     Raises:
         Refusal: 422, when that time is none, or longer than `LONGEST`.
     """
-    now = deps.clock()
     until = query.until or now
     since = query.since or until - USUAL
     if not since < until:
         raise _unfit("?since", "must be before `until`")
     if until - since > LONGEST:
         raise _unfit("?since", f"must be at most {LONGEST.days} days before `until`")
-    groups = _groups(deps, since, until, query.group_by, now)
+    groups = _groups(tx, since, until, query.group_by, now)
     total = sum(groups.values(), spending.NOTHING)
     rows = _sorted(groups, query.group_by, since, min(until, now))
     return Spend(
@@ -126,15 +131,17 @@ def _unfit(pointer: str, why: str) -> Refusal:
 
 
 def _groups(
-    deps: Deps, since: datetime, until: datetime, group_by: GroupBy, now: datetime
+    tx: Transaction, since: datetime, until: datetime, group_by: GroupBy, now: datetime
 ) -> dict[str, Split]:
     groups: dict[str, Split] = {}
     after = None
-    with deps.store.transaction() as tx:
-        while page := tx.leases_between(since, until, after=after, limit=PAGE):
-            jobs = tx.jobs({lease.job for lease in page})
-            spending.add(groups, page, jobs, group_by, now)
-            after = (page[-1].created_at, page[-1].id)
+    while page := tx.leases_between(since, until, after=after, limit=PAGE):
+        jobs = tx.jobs({lease.job for lease in page})
+        spending.add(groups, page, jobs, group_by, now)
+        after = (page[-1].created_at, page[-1].id)
+    orphans = tx.orphans_between(since, until)
+    jobs = tx.jobs({orphan.job for orphan in orphans})
+    spending.add_orphans(groups, orphans, jobs, group_by, now)
     return groups
 
 
@@ -158,5 +165,6 @@ def register(api: APIBlueprint, deps: Deps) -> None:
 
     @api.get("/spend", operation_id="get_spend", responses={"200": Spend})
     def get_spend(query: SpendQuery) -> Response:
-        """What money went into: training, boots, failures, the rest"""
-        return present.answer(spent(deps, query))
+        """What money went into: training, boots, failures, orphans, the rest"""
+        with deps.store.transaction() as tx:
+            return present.answer(spent(tx, query, deps.clock()))

@@ -20,6 +20,8 @@ from state.spending import GroupBy
 BAR = 24
 _SPAN = re.compile(r"(\d{1,5})([hd])")
 _SPEND = frozenset({"data", "total", "left_out", "since", "until"})
+#: Of a line, from the left.
+_PARTS = ("training", "boot", "failed", "orphan", "other", "total")
 _OFFERS = frozenset({"data", "fit", "sentence"})
 _INSTANCES = frozenset({"data", "sweep", "burn_per_hour", "cost"})
 
@@ -38,7 +40,7 @@ def cost(
     limit: Annotated[int, typer.Option(min=1, max=1000, help="Lines at most.")] = 400,
     as_json: AsJson = False,
 ) -> None:
-    """Show what money went into: training, boots, failures; and what a completed job cost.
+    """Show what money went into: training, boots, failures, orphans; and what a completed job cost.
 
     Example: stoker cost --by host --since 7d
 
@@ -52,16 +54,16 @@ def cost(
     if as_json:
         print_json(spent)
         return
-    rows = [row for row in spent["data"] if row["machines"]]
+    rows = [row for row in spent["data"] if row["machines"] or row["total"]]
     if not rows:
         err.print(f"no machine was rented since {spent['since'][:10]}", markup=False)
         return
     most = max(row["total"] for row in rows)
-    title = (by.value.upper(), "MACHINES", "DONE", "TRAINING", "BOOT", "FAILED", "OTHER", "TOTAL")
+    title = (by.value, "machines", "done", *_PARTS, "per job")
     print_rows(
         out,
         [
-            (*title, "PER JOB", ""),
+            (*map(str.upper, title), ""),
             *(_spend_row(row["key"] or "unknown", row, most) for row in rows),
             _spend_row("total", spent["total"], 0),
         ],
@@ -174,7 +176,7 @@ def _moment(text: str, now: datetime, option: str) -> str:
 
 
 def _spend_row(key: str, row: Mapping[str, Any], most: int) -> tuple[str, ...]:
-    parts = (row[part] for part in ("training", "boot", "failed", "other", "total"))
+    parts = (row[part] for part in _PARTS)
     each = row["per_completed"]
     return (
         key,

@@ -20,11 +20,12 @@ from state.events import HostRecord
 from state.job import Status
 from state.lease import Lease, LeaseStatus
 from state.offer import Offer
+from state.orphan import Orphan
 from state.renting import LOST_RACE
 from tasks import rounds
 from tasks.deallocate import Keeper, sweep
 
-KINDS = ("training", "boot", "failed", "other")
+KINDS = ("training", "boot", "failed", "other", "orphan")
 GROUPS = ("day", "host", "gpu", "job", "owner")
 PATHS = ("instances", "spend", "account", "offers")
 
@@ -141,6 +142,7 @@ def test_money_is_told_apart_by_what_it_went_into(edge, ask, lease):
         "boot": 200_000,
         "failed": 30_000,
         "other": 75_000,
+        "orphan": 0,
     }
     assert (total["machines"], total["completed"]) == (4, 1)
     assert total["per_completed"] == total["total"] == 1_105_000
@@ -150,6 +152,49 @@ def test_money_is_told_apart_by_what_it_went_into(edge, ask, lease):
     by_host = ask("spend", group_by="host")["data"]
     assert [row["key"] for row in by_host] == ["m1", "m2"]  # the dearest first
     assert ask("spend", group_by="job", limit=1)["left_out"] == 2
+
+
+@pytest.fixture
+def orphan(edge):
+    """Writes down an orphan that began `ago`, at 0.36 dollars an hour."""
+
+    def make(ident, ago, **changes):
+        began = edge.clock() - ago
+        values = {"label": f"stoker/x/{ident}", "machine_id": "m9", "gpu_name": "RTX 3090"}
+        times = {"started_at": began, "seen_at": edge.clock()}
+        made = Orphan(**{"id": ident, "price": 360_000, **values, **times, **changes})
+        with edge.store.transaction() as tx:
+            tx.save_orphan(made)
+        return made
+
+    return make
+
+
+def test_orphans_are_money_of_their_own_where_they_began(edge, ask, lease, orphan):
+    job = edge.job(owner="alice")
+    lease(job, **over(edge), cost=50_000)
+    now = edge.clock()
+    orphan("7", timedelta(hours=1), job=job.id)  # and it is still there
+    before = timedelta(days=2)
+    orphan("8", before, ended_at=now - before / 2, gone_at=now - before / 2 + timedelta(seconds=9))
+    orphan("9", timedelta(hours=1), price=0)  # of which nobody knows the price
+    orphan("10", timedelta(days=40))
+
+    total = ask("spend")["total"]
+    assert (total["orphan"], total["total"]) == (25 * 360_000, 25 * 360_000 + 50_000)
+    assert total["machines"] == 1
+    day = (now - before).astimezone(UTC).date().isoformat()
+    told = {
+        group: {row["key"]: row["orphan"] for row in ask("spend", group_by=group)["data"]}
+        for group in GROUPS
+    }
+    assert told["day"][day] == 24 * 360_000
+    assert told["host"] == {"m9": 25 * 360_000, "m1": 0}
+    assert told["gpu"] == {"RTX 3090": 25 * 360_000, "RTX 4090": 0}
+    assert told["job"] == {job.id: 360_000, "": 24 * 360_000}
+    assert told["owner"] == {"alice": 360_000, "": 24 * 360_000}
+    edge.clock.advance(1800)
+    assert ask("spend")["total"]["orphan"] == 25 * 360_000 + 180_000
 
 
 def test_a_retried_attempt_is_money_lost_and_a_machine_that_boots_is_not(edge, ask, lease):

@@ -43,11 +43,21 @@ def test_cost_is_a_line_for_each_group_a_total_and_a_bar(stoker, api):
     dear = Split(2, 1, training=1_500_000, boot=250_000, failed=250_000)
     api.answers["GET /v1/spend"] = said(spend(("m1", dear), ("", Split(1, 0, other=100_000))))
     title, first, second, total = stoker("cost", "--by", "host").out.splitlines()
-    assert words(title) == "HOST MACHINES DONE TRAINING BOOT FAILED OTHER TOTAL PER JOB"
-    assert words(first).startswith("m1 2 1 $1.50 $0.2500 $0.2500 $0.0000 $2.00 $2.00 █")
-    assert words(second).startswith("unknown 1 0 $0.0000 $0.0000 $0.0000 $0.1000 $0.1000 - █")
+    assert words(title) == "HOST MACHINES DONE TRAINING BOOT FAILED ORPHAN OTHER TOTAL PER JOB"
+    assert words(first).startswith("m1 2 1 $1.50 $0.2500 $0.2500 $0.0000 $0.0000 $2.00 $2.00 █")
+    assert words(second).startswith(
+        "unknown 1 0 $0.0000 $0.0000 $0.0000 $0.0000 $0.1000 $0.1000 - █"
+    )
     assert first.count("█") > second.count("█") > 0
-    assert words(total) == "total 3 1 $1.50 $0.2500 $0.2500 $0.1000 $2.10 $2.10"
+    assert words(total) == "total 3 1 $1.50 $0.2500 $0.2500 $0.0000 $0.1000 $2.10 $2.10"
+
+
+def test_a_day_on_which_only_an_orphan_cost_is_a_line(stoker, api):
+    api.answers["GET /v1/spend"] = said(spend(("2026-11-02", Split(orphan=360_000))))
+    _, line, _ = stoker("cost").out.splitlines()
+    assert words(line).startswith(
+        "2026-11-02 0 0 $0.0000 $0.0000 $0.0000 $0.3600 $0.0000 $0.3600 -"
+    )
 
 
 def test_cost_asks_for_the_span_that_was_typed(stoker, api):
