@@ -23,7 +23,7 @@ from state.errors import StokerError
 from state.spending import GroupBy
 
 #: What the money went into, from the bottom of a bar to its top.
-PARTS = ("training", "boot", "failed", "other")
+PARTS = ("training", "boot", "failed", "orphan", "other")
 SPANS = (7, 30, 90)
 #: Machines on the page.
 HOSTS = 200

@@ -12,6 +12,7 @@ from orchestrator.dashboard.money import bars
 from state import brakes
 from state.events import HostRecord
 from state.memory import MemoryStore
+from state.orphan import Orphan
 from state.spending import Split
 
 
@@ -148,6 +149,28 @@ def test_money_is_grouped_by_what_there_is(edge: Any, browser: Any) -> None:
         assert f'<th scope="row" class="mono">{key}' in page, group
     for query in ("days=8", "days=x", "by=moon"):
         assert browser.get(f"/money?{query}").status_code == 422, query
+
+
+def test_what_orphans_cost_stands_in_the_chart_its_legend_and_the_table(
+    edge: Any, browser: Any
+) -> None:
+    now = edge.clock()
+    orphan = Orphan(
+        id="7",
+        label="stoker/x/1-0",
+        machine_id="<m9>",
+        price=360_000,
+        started_at=now - timedelta(hours=1),
+        seen_at=now,
+    )
+    with edge.store.transaction() as tx:
+        tx.save_orphan(orphan)
+    page = browser.get("/money?days=7").text
+    assert 'class="m-orphan"' in page
+    assert "orphan $0.36" in page
+    assert '<th scope="col" class="num">Orphan' in page
+    assert f'<th scope="row" class="mono">{now.date()}' in page
+    assert '<th scope="row" class="mono">&lt;m9&gt;' in browser.get("/money?by=host").text
 
 
 def test_a_bar_is_as_high_as_its_money_and_the_axis_is_round() -> None:
