@@ -88,12 +88,9 @@ def _known(tx: Transaction, machine_id: str) -> HostRecord:
     return host
 
 
-def remembered(deps: Deps) -> list[RememberedHost]:
+def remembered(tx: Transaction, now: datetime) -> list[HostRecord]:
     """All machines that are remembered; those to look at first."""
-    now = deps.clock()
-    with deps.store.transaction() as tx:
-        known = memory.by_urgency(tx.hosts(), now)
-    return [shown(host, now) for host in known]
+    return memory.by_urgency(tx.hosts(), now)
 
 
 def block(deps: Deps, machine_id: str, body: BlockIn) -> RememberedHost:
@@ -131,8 +128,11 @@ def hosts(deps: Deps) -> APIBlueprint:
     @api.get("", operation_id="list_hosts", responses={"200": Hosts})
     def index(query: HostsQuery) -> Response:
         """All machines that are remembered; those to look at first"""
-        known = remembered(deps)
-        return present.answer(Hosts(data=known[: query.limit], total=len(known)))
+        now = deps.clock()
+        with deps.store.transaction() as tx:
+            known = remembered(tx, now)
+        data = [shown(host, now) for host in known[: query.limit]]
+        return present.answer(Hosts(data=data, total=len(known)))
 
     @api.get("/<machine_id>", operation_id="get_host", responses={"200": RememberedHost})
     def show(path: HostPath) -> Response:

@@ -16,6 +16,7 @@ from orchestrator.deps import Deps
 from state import alarms, brakes, money, renting
 from state.job import Job
 from state.lease import Lease, LeaseStatus
+from state.store import Transaction
 
 Verdict = Literal["renting", "unclear", "booting", "kept", "releasing"]
 
@@ -79,13 +80,11 @@ class Instances(Out):
     sweep: LastSweep
 
 
-def standing(deps: Deps) -> Instances:
+def standing(tx: Transaction, now: datetime) -> Instances:
     """Every open lease, and what the last sweep saw."""
-    now = deps.clock()
-    with deps.store.transaction() as tx:
-        opened, beats = tx.open_leases(), tx.beats()
-        rehearsed = len(tx.open_rehearsals())
-        jobs = tx.jobs({lease.job for lease in opened})
+    opened, beats = tx.open_leases(), tx.beats()
+    rehearsed = len(tx.open_rehearsals())
+    jobs = tx.jobs({lease.job for lease in opened})
     listed = [_instance(lease, jobs.get(lease.job), now) for lease in opened]
     listed.sort(key=lambda item: (item.verdict != "releasing", -item.price_per_hour, item.lease))
     return Instances(
@@ -166,4 +165,5 @@ def register(api: APIBlueprint, deps: Deps) -> None:
     @api.get("/instances", operation_id="list_instances", responses={"200": Instances})
     def list_instances() -> Response:
         """Every machine that costs money, or may; and what the last sweep saw"""
-        return present.answer(standing(deps))
+        with deps.store.transaction() as tx:
+            return present.answer(standing(tx, deps.clock()))

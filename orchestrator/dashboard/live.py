@@ -26,7 +26,7 @@ from orchestrator import streams
 from orchestrator.api import auth, problems
 from orchestrator.api.jobs import visible
 from orchestrator.api.problems import Refusal
-from orchestrator.dashboard import access, fleet, job, webhooks
+from orchestrator.dashboard import access, fleet, job, money, webhooks
 from orchestrator.deps import Deps
 from orchestrator.streams import Channel, Entry, News
 from state.job import Job
@@ -38,8 +38,8 @@ KEPT = 256
 
 @dataclass(frozen=True)
 class Page:
-    """What is looked at: `fleet` or `webhooks` with the query string of its view, or `job` with
-    an id."""
+    """What is looked at: `fleet`, `money` or `webhooks` with the query string of its view, or `job`
+    with an id."""
 
     name: str
     what: str
@@ -102,12 +102,14 @@ def _args(what: str) -> MultiDict[str, str]:
 _SEES: Mapping[str, Callable[[Transaction, str, Deps], Any]] = {
     "fleet": lambda tx, what, deps: fleet.look(tx, fleet.View.of(_args(what)), deps),
     "job": lambda tx, what, deps: job.look(tx, tx.job(what), deps),
+    "money": lambda tx, what, deps: money.look(tx, money.View.of(_args(what)), deps),
     "webhooks": lambda tx, what, deps: webhooks.look(tx, webhooks.asked(_args(what)), deps.clock()),
 }
 #: By page, what differs between two of these.
 _SHOWS: Mapping[str, Callable[[Transaction, Any, Any], str]] = {
     "fleet": fleet.fragments,
     "job": job.fragments,
+    "money": money.fragments,
     "webhooks": webhooks.fragments,
 }
 
@@ -151,6 +153,10 @@ def register(pages: Blueprint, deps: Deps) -> None:
     @pages.get("/live/fleet")
     def live_fleet() -> Response:
         return follow(Page("fleet", fleet.View.of(request.args).query()))
+
+    @pages.get("/live/money")
+    def live_money() -> Response:
+        return follow(Page("money", money.View.of(request.args).query()))
 
     @pages.get("/live/webhooks")
     def live_webhooks() -> Response:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from datetime import timedelta
-from typing import Any
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Any, NamedTuple
+from urllib.parse import urlencode
 
 from flask import Blueprint, flash, redirect, render_template, request, url_for
 from pydantic import ValidationError
@@ -13,20 +14,32 @@ from werkzeug.datastructures import MultiDict
 from werkzeug.wrappers import Response
 
 from orchestrator.api import account, hosts, instances, offers, spend, sweeps
+from orchestrator.api.account import Account
 from orchestrator.api.hosts import BlockIn, RememberedHost
+from orchestrator.api.instances import Instances
 from orchestrator.api.offers import MarketOffer, OffersQuery
 from orchestrator.api.problems import Refusal, refusal_of
 from orchestrator.api.spend import SpendQuery, SpendRow
 from orchestrator.deps import Deps
 from state import alarms
+from state.alarms import Alarm
 from state.errors import StokerError
+from state.events import HostRecord
 from state.spending import GroupBy
+from state.store import Transaction
 
 #: What the money went into, from the bottom of a bar to its top.
 PARTS = ("training", "boot", "failed", "orphan", "other")
 SPANS = (7, 30, 90)
 #: Machines on the page.
 HOSTS = 200
+#: What runs on between two looks of the account and of what is rented.
+_ACCOUNT_RUNS: Any = {"age_s", "limits"}
+_RUNS: Any = {
+    "cost": True,
+    "data": {"__all__": {"age_s", "cost", "display"}},
+    "sweep": {"age_s"},
+}
 #: What the market is asked for its opinion of machines, whatever their worth.
 ANY_OFFER = OffersQuery(
     min_vram_gb=1,
@@ -94,73 +107,155 @@ def _round_up(amount: int) -> int:
     return next(step * power for step in (1, 2, 5, 10) if step * power >= amount)
 
 
+class View(NamedTuple):
+    """What of the money is on a screen."""
+
+    days: int
+    group_by: GroupBy
+
+    @classmethod
+    def of(cls, args: MultiDict[str, str]) -> View:
+        """The view that a query string asks for. Raises: Refusal 422 for one that is nonsense."""
+        try:
+            view = cls(int(args.get("days", 30)), GroupBy(args.get("by", "day")))
+        except ValueError:
+            raise Refusal(422, "invalid", "there is no such view of the money") from None
+        if view.days not in SPANS:
+            raise Refusal(422, "invalid", f"days must be one of {', '.join(map(str, SPANS))}")
+        return view
+
+    def query(self) -> str:
+        return urlencode({"days": self.days, "by": self.group_by.value})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Look:
+    """What the page shows, but for what was spent. Two are equal when nothing happened between
+    them."""
+
+    view: View
+    alarms: list[Alarm]
+    account: Account = field(compare=False)
+    instances: Instances = field(compare=False)
+    hosts: list[RememberedHost] = field(compare=False)
+    hosts_total: int
+    #: what of account and instances is more than the passing of time
+    standing: tuple[Any, ...]
+    #: the same of the hosts, whose names fade by the second
+    remembered: tuple[Any, ...]
+    #: until when the money is counted: what is rented costs more each minute
+    counted: datetime
+    now: datetime = field(compare=False)
+
+    @property
+    def rented(self) -> set[tuple[str, str]]:
+        """What was spent changes with these, too."""
+        return {(item.lease, item.status) for item in self.instances.data}
+
+
+def look(tx: Transaction, view: View, deps: Deps) -> Look:
+    """Read all of that."""
+    settings, now = deps.settings, deps.clock()
+    owned, rented = account.standing(tx, settings, now), instances.standing(tx, now)
+    known = hosts.remembered(tx, now)
+    machines = [hosts.shown(host, now) for host in known[:HOSTS]]
+    burns = rented.data or rented.sweep.strangers
+    return Look(
+        view=view,
+        alarms=alarms.standing(tx, settings.limits, now, kill_switch=settings.kill_switch),
+        account=owned,
+        instances=rented,
+        hosts=machines,
+        hosts_total=len(known),
+        standing=(owned.model_dump(exclude=_ACCOUNT_RUNS), rented.model_dump(exclude=_RUNS)),
+        remembered=(known[:HOSTS], [machine.shunned for machine in machines]),
+        counted=now.replace(second=0, microsecond=0) if burns else _midnight(now),
+        now=now,
+    )
+
+
+def fragments(tx: Transaction, before: Look | None, after: Look) -> str:
+    """What changed between two looks, as parts to be swapped out of band; all of it, for who
+    had none."""
+    html: list[str] = []
+
+    def part(name: str, **values: Any) -> None:
+        html.append(render_template(f"money_{name}.html", oob=True, **_shown(after), **values))
+
+    same = before is not None and before.counted == after.counted
+    if before is None or not same or _now(before) != _now(after):
+        for name in ("renting", "now", "guards"):
+            part(name)
+    if before is None or not same or before.rented != after.rented:
+        part("spend", **_spent(tx, after.view, after.now))
+    if before is None or before.remembered != after.remembered:
+        part("hosts")
+    return "".join(html)
+
+
+def _now(seen: Look) -> tuple[Any, ...]:
+    return seen.alarms, seen.standing
+
+
+def _shown(seen: Look) -> dict[str, Any]:
+    """What the parts are rendered with."""
+    return {
+        "alarms": seen.alarms,
+        "account": seen.account,
+        "instances": seen.instances,
+        "hosts": seen.hosts,
+        "hosts_total": seen.hosts_total,
+        "now": seen.now,
+    }
+
+
+def _spent(tx: Transaction, view: View, now: datetime) -> dict[str, Any]:
+    """What was spent, as `money_spend.html` shows it."""
+    since = _midnight(now - timedelta(days=view.days - 1))
+    by_day = grouped = spend.spent(tx, SpendQuery(since=since), now)
+    if view.group_by is not GroupBy.DAY:
+        query = SpendQuery(since=since, group_by=view.group_by, limit=50)
+        grouped = spend.spent(tx, query, now)
+    chart, top = bars(by_day.data)
+    return {
+        "spend": by_day,
+        "grouped": grouped,
+        "group_by": view.group_by.value,
+        "groups": [item.value for item in GroupBy],
+        "days": view.days,
+        "spans": SPANS,
+        "parts_of_money": PARTS,
+        "chart": chart,
+        "top": top,
+    }
+
+
+def _midnight(now: datetime) -> datetime:
+    return now.replace(hour=0, minute=0, second=0, microsecond=0)
+
+
 def register(pages: Blueprint, deps: Deps) -> None:
     """Put the page's views into `pages`."""
 
-    def present_state() -> dict[str, Any]:
-        """What is so now, for the part of the page that is asked for again and again."""
-        settings, now = deps.settings, deps.clock()
-        with deps.store.transaction() as tx:
-            stand = alarms.standing(tx, settings.limits, now, kill_switch=settings.kill_switch)
-        return {
-            "account": account.standing(deps),
-            "instances": instances.standing(deps),
-            "alarms": stand,
-            "now": now,
-        }
-
     def show(*, looked: sweeps.Sweep | None = None) -> str:
-        days, group_by = _view(request.args)
-        since = deps.clock() - timedelta(days=days - 1)
-        since = since.replace(hour=0, minute=0, second=0, microsecond=0)
-        by_day = spend.spent(deps, SpendQuery(since=since))
-        grouped = (
-            by_day
-            if group_by is GroupBy.DAY
-            else spend.spent(deps, SpendQuery(since=since, group_by=group_by, limit=50))
-        )
-        chart, top = bars(by_day.data)
-        known = hosts.remembered(deps)
-        return render_template(
-            "money.html",
-            **present_state(),
-            spend=by_day,
-            grouped=grouped,
-            group_by=group_by.value,
-            groups=[item.value for item in GroupBy],
-            days=days,
-            spans=SPANS,
-            parts_of_money=PARTS,
-            chart=chart,
-            top=top,
-            hosts=known[:HOSTS],
-            hosts_total=len(known),
-            market={},
-            asked=False,
-            looked=looked,
-        )
+        view = View.of(request.args)
+        with deps.store.transaction() as tx:
+            seen = look(tx, view, deps)
+            spent = _spent(tx, view, seen.now)
+        live = url_for("pages.live_money", days=view.days, by=view.group_by.value)
+        return render_template("money.html", **_shown(seen), **spent, looked=looked, live=live)
 
     @pages.get("/money")
     def money() -> str:
         return show()
 
-    @pages.get("/money/now", endpoint="money_now")
-    def at_present() -> str:
-        return render_template("money_now.html", **present_state())
-
-    @pages.get("/money/hosts", endpoint="money_hosts")
-    def beside_the_market() -> str:
-        """The table of machines, with what the market says of those that it has on offer now."""
-        known = hosts.remembered(deps)
+    @pages.get("/money/market", endpoint="money_market")
+    def market_of_hosts() -> str:
+        """What the market says of the machines that it has on offer now."""
+        with deps.store.transaction() as tx:
+            known = hosts.remembered(tx, deps.clock())
         market, fault = _market(deps, known)
-        return render_template(
-            "money_hosts.html",
-            hosts=known[:HOSTS],
-            hosts_total=len(known),
-            market=market,
-            asked=True,
-            fault=fault,
-        )
+        return render_template("money_market.html", hosts=known[:HOSTS], market=market, fault=fault)
 
     @pages.post("/money/sweep", endpoint="dry_sweep")
     def dry_sweep() -> Response | str:
@@ -193,20 +288,9 @@ def register(pages: Blueprint, deps: Deps) -> None:
         return redirect(url_for("pages.money", _anchor="hosts"), 303)
 
 
-def _view(args: MultiDict[str, str]) -> tuple[int, GroupBy]:
-    """Days and grouping that the query string asks for. Raises: Refusal 422."""
-    try:
-        days, group_by = int(args.get("days", 30)), GroupBy(args.get("by", "day"))
-    except ValueError:
-        raise Refusal(422, "invalid", "there is no such view of the money") from None
-    if days not in SPANS:
-        raise Refusal(422, "invalid", f"days must be one of {', '.join(map(str, SPANS))}")
-    return days, group_by
-
-
-def _market(deps: Deps, known: Sequence[RememberedHost]) -> tuple[dict[str, MarketOffer], str]:
+def _market(deps: Deps, known: Sequence[HostRecord]) -> tuple[dict[str, MarketOffer], str]:
     """By machine what the market offers of it now; and why that is unknown, if so."""
-    names = sorted({host.gpu for host in known if host.gpu})[:20]
+    names = sorted({host.gpu_name for host in known if host.gpu_name})[:20]
     if not names:
         return {}, ""
     try:

@@ -17,7 +17,8 @@ from orchestrator import streams
 from orchestrator.api import auth, webhook_endpoints
 from orchestrator.api.auth import Caller
 from orchestrator.api.webhook_endpoints import EndpointIn
-from state import record
+from state import brakes, hosts, record
+from state.events import HostRecord
 from tests.integration.orchestrator.conftest import Edge
 
 STREAM = {"Accept": "text/event-stream"}
@@ -244,6 +245,49 @@ def test_the_webhooks_page_is_sent_whole_and_then_what_changed(edge: Edge) -> No
     assert "1 waiting" in message.data
 
 
+def run_well(edge: Edge) -> None:
+    """No alarm stands: those count the seconds since something was last seen."""
+    with edge.store.transaction() as tx:
+        for name in ("worker", "reconcile", brakes.SWEEP):
+            tx.beat(name, edge.clock())
+
+
+def test_the_money_page_is_sent_whole_and_then_what_changed(edge: Edge) -> None:
+    run_well(edge)
+    with edge.store.transaction() as tx:
+        tx.save_host(HostRecord(machine_id="7", gpu_name="RTX 4090", good=3))
+    answer = live(edge.page(), "/live/money?days=7&by=host")
+    _, whole = some_of(answer, 2)
+    for part in ("renting", "now", "guards", "spend", "hosts-table"):
+        assert f'id="{part}"' in next(messages(whole)).data
+    job = edge.job()
+    edge.rent(job)
+    (news,) = some_of(answer, 1)
+    (message,) = messages(news)
+    assert job.id in message.data
+    assert 'id="spend"' in message.data
+    assert 'id="hosts-table"' not in message.data
+    with edge.store.transaction() as tx:
+        tx.save_host(hosts.blocked(tx.host("7"), "throttles <b>badly</b>"))
+    (news,) = some_of(answer, 1)
+    (message,) = messages(news)
+    assert "throttles &lt;b&gt;badly" in message.data
+    assert 'id="now"' not in message.data
+
+
+def test_money_is_counted_anew_each_minute_only_while_something_burns(edge: Edge) -> None:
+    run_well(edge)
+    answer = live(edge.page(), "/live/money")
+    some_of(answer, 2)
+    assert some_of(answer, 2) == [streams.BEAT] * 2
+    edge.rent(edge.job())
+    some_of(answer, 1)
+    began = edge.clock()
+    while b'id="spend"' not in some_of(answer, 1)[0]:
+        run_well(edge)
+    assert timedelta() < edge.clock() - began <= timedelta(minutes=1)
+
+
 def test_nothing_of_one_session_is_in_a_live_page(edge: Edge) -> None:
     caller = Caller(owner="alice", scopes=frozenset({auth.WRITE}))
     made, _ = webhook_endpoints.create(edge.deps, caller, EndpointIn(url="https://shop.test/"))
@@ -253,5 +297,5 @@ def test_nothing_of_one_session_is_in_a_live_page(edge: Edge) -> None:
 
 
 def test_a_live_page_of_no_such_view_is_refused(edge: Edge) -> None:
-    for path in ("/live/webhooks?status=lost", "/live/webhooks?cursor=x"):
+    for path in ("/live/money?days=8", "/live/webhooks?status=lost", "/live/webhooks?cursor=x"):
         assert live(edge.page(), path).status_code == 422, path

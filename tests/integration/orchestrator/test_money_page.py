@@ -99,16 +99,16 @@ def test_a_block_needs_a_reason_and_holds(edge: Any, browser: Any) -> None:
 def test_what_hosts_and_operators_said_is_text_and_no_markup(edge: Any, browser: Any) -> None:
     evil = "<img src=x onerror=alert(1)>"
     remember(edge, "8", gpu_name=evil, geo=evil, last_reason=evil, blocked=True, blocked_why=evil)
-    for path in ("/money", "/money/hosts"):
-        page = browser.get(path).text
-        assert "&lt;img src=x" in page
-        assert "<img src=x" not in page
+    page = browser.get("/money").text
+    assert "&lt;img src=x" in page
+    assert "<img src=x" not in page
 
 
 def test_without_a_market_the_machines_are_shown_all_the_same(edge: Any, browser: Any) -> None:
     remember(edge, "7", gpu_name="RTX 4090")
-    part = browser.get("/money/hosts").text
-    assert "RTX 4090" in part
+    assert "RTX 4090" in browser.get("/money").text
+    part = browser.get("/money/market").text
+    assert 'id="market-7"' in part
     assert "not known now" in part
     assert "<html" not in part
 
@@ -182,10 +182,3 @@ def test_a_bar_is_as_high_as_its_money_and_the_axis_is_round() -> None:
     assert (training.height, boot.height) == (60.0, 20.0)
     assert (training.y, boot.y) == (40.0, 20.0)
     assert bars([SpendRow.of("2026-11-01", Split())])[1] == 0
-
-
-def test_the_part_that_is_asked_for_again_and_again_is_a_part(edge: Any, browser: Any) -> None:
-    edge.rent(edge.job())
-    part = browser.get("/money/now", headers={"HX-Request": "true"}).text
-    assert "RTX 4090" in part
-    assert "<html" not in part
