@@ -136,7 +136,7 @@ GEOMETRIES: Mapping[str, Geometry] = {
         encoders=4.87,
     ),
     "hunyuanimage": Geometry(
-        parameters=17.411,
+        parameters=17.426,
         linear=0.97,
         blocks=60,
         adapter=(2.07, 3.57),
