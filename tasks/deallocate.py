@@ -148,7 +148,8 @@ class Keeper:
         return True
 
     def is_gone(self, instance_id: str | None) -> bool:
-        """A second opinion, asked of the instance itself: lists have left out what was there."""
+        """A second opinion, asked of the instance itself: lists have left out what was there, and
+        shown what was gone."""
         if instance_id is None:
             return True
         try:
@@ -387,7 +388,7 @@ def sweep(keeper: Keeper, deployment: str, *, dry_run: bool = False) -> Swept:
     if dry_run:
         return swept
     if not doubtful:
-        orphans.note(keeper.store, unowned, listed, keeper.image_bytes, now)
+        orphans.note(keeper.store, unowned, listed, keeper.is_gone, keeper.image_bytes, now)
     for instance_id in doomed:
         if keeper.destroy(instance_id):
             orphans.ended(keeper.store, instance_id, keeper.clock())

@@ -8,7 +8,7 @@ and a bill that came before the orphan was known is forgotten here, and asked fo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime, timedelta
 
 import structlog
@@ -29,13 +29,21 @@ def note(
     store: Store,
     unowned: Iterable[Instance],
     listed: Sequence[Instance],
+    is_gone: Callable[[str], bool],
     image_bytes: int,
     now: datetime,
 ) -> None:
     """Write down what a readable and believed list, asked for at `now`, shows of orphans:
     `unowned` are those that are there, each of which pulled `image_bytes`; what is not in `listed`
-    at all is gone. May be repeated, and may come late."""
+    at all is gone. May be repeated, and may come late.
+
+    Lists have shown what was gone: of an instance that is new here, or was destroyed, `is_gone`
+    gives a second opinion."""
+    with store.transaction() as tx:
+        there = {orphan.id for orphan in tx.open_orphans() if orphan.ended_at is None}
     for instance in unowned:
+        if instance.id not in there and is_gone(instance.id):
+            continue
         try:
             with store.transaction() as tx:
                 _seen(tx, instance, image_bytes, now)
@@ -56,7 +64,7 @@ def ended(store: Store, instance_id: str, now: datetime) -> None:
     with store.transaction() as tx:
         tx.lock("orphans")
         if before := tx.orphan(instance_id):
-            _save(tx, before, before.evolve(ended_at=now), now)
+            _save(tx, before, before.evolve(ended_at=before.ended_at or now), now)
 
 
 def _seen(tx: Transaction, instance: Instance, image_bytes: int, now: datetime) -> None:

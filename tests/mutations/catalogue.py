@@ -186,8 +186,8 @@ MUTATIONS: tuple[Mutation, ...] = (
         invariant="I2",
         what="the sweep destroys nothing",
         path="tasks/deallocate.py",
-        old="    for instance_id in doomed:\n        keeper.destroy(instance_id)\n",
-        new="",
+        old="        if keeper.destroy(instance_id):\n            orphans.ended",
+        new="        if instance_id:\n            orphans.ended",
         tests=(
             _RENTING + "test_an_orphan_with_our_prefix_goes_at_the_second_sweep",
             "tests/unit/tasks/test_dead_mans_switch.py::"

@@ -56,8 +56,10 @@ def swept(world: World, seconds: float = 30) -> None:
 
 
 def shows(world: World, *rows: Instance) -> None:
-    """From now on the market's list is this."""
+    """From now on the market's list is this, and it says the same when it is asked for one."""
+    there = {item.id: item for item in rows}
     world.provider.instances = lambda: list(rows)  # type: ignore[method-assign]
+    world.provider.instance = there.get  # type: ignore[method-assign]
 
 
 def row(world: World, instance: str = "900", ago: float = 600, **changes: Any) -> Instance:
@@ -86,6 +88,11 @@ def by_mistake(world: World) -> str:
         tx.save_lease(lease.evolve(cost=money.cost(lease, now).total))
     assert lease.instance_id is not None
     return lease.instance_id
+
+
+def note(world: World, listed: list[Instance], at: datetime) -> None:
+    """As a sweep does, with a list of that time."""
+    orphans.note(world.store, listed, listed, lambda instance: False, 0, at)
 
 
 def booked(world: World) -> tuple[int, int]:
@@ -196,13 +203,13 @@ def test_an_orphan_that_was_missing_and_comes_back_was_there_all_the_time(busy: 
 def test_a_list_that_comes_late_changes_nothing(busy: World) -> None:
     there = row(busy, ago=0)
     now = busy.clock()
-    orphans.note(busy.store, [there], [there], 0, now + timedelta(seconds=60))
+    note(busy, [there], now + timedelta(seconds=60))
     early = found(busy)
-    orphans.note(busy.store, [], [], 0, now + timedelta(seconds=30))
+    note(busy, [], now + timedelta(seconds=30))
     assert found(busy) == early
-    orphans.note(busy.store, [], [], 0, now + timedelta(seconds=90))
+    note(busy, [], now + timedelta(seconds=90))
     gone = found(busy)
-    orphans.note(busy.store, [there], [there], 0, now + timedelta(seconds=75))
+    note(busy, [there], now + timedelta(seconds=75))
     assert found(busy) == gone != early
 
 
@@ -305,7 +312,7 @@ def test_a_machine_whose_lease_was_closed_too_early_is_an_orphan_from_then_on(bu
 def test_a_list_from_before_the_end_of_its_lease_makes_no_orphan(busy: World) -> None:
     instance = by_mistake(busy)
     there = busy.provider.instance(instance)
-    orphans.note(busy.store, [there], [there], 0, busy.clock() - timedelta(seconds=5))
+    note(busy, [there], busy.clock() - timedelta(seconds=5))
     assert found(busy) == []
 
 
@@ -325,7 +332,6 @@ def test_the_markets_bill_for_a_label_is_counted_once(busy: World) -> None:
 
 def test_a_bill_from_before_the_orphan_was_known_is_asked_for_again(busy: World) -> None:
     instance = by_mistake(busy)
-    listed = busy.provider.instances
     shows(busy)
     for _ in range(3):  # it is in no list, and the bill becomes final
         busy.clock.advance(24 * 3600)
@@ -333,7 +339,7 @@ def test_a_bill_from_before_the_orphan_was_known_is_asked_for_again(busy: World)
     (lease,) = busy.leases()
     assert lease.due_at is None
     assert booked(busy)[0] > 20 * PRICE, "all that was charged for its label"
-    busy.provider.instances = listed  # type: ignore[method-assign]
+    del busy.provider.instances, busy.provider.instance  # the market's own again
     for _ in range(3):
         swept(busy)
     assert instance not in {item.id for item in busy.provider.running()}
@@ -344,6 +350,25 @@ def test_a_bill_from_before_the_orphan_was_known_is_asked_for_again(busy: World)
     assert busy.leases()[0].due_at is None
     assert sum(booked(busy)) == pytest.approx(charged(busy), abs=2)
     assert spent(busy) == sum(booked(busy))
+
+
+def test_a_list_that_shows_what_is_gone_makes_no_orphan_and_no_longer_one(busy: World) -> None:
+    old = row(busy, "55")
+    busy.provider.instances = lambda: [old]  # type: ignore[method-assign]
+    for _ in range(3):
+        swept(busy)
+    assert found(busy) == []
+    shows(busy, there := row(busy, ago=0))
+    swept(busy)
+    swept(busy)
+    busy.provider.instance = lambda instance: None  # type: ignore[method-assign]
+    for _ in range(3):  # it was destroyed, and the list is old
+        swept(busy)
+    shows(busy)
+    swept(busy)
+    busy.provider.instances = lambda: [there]  # type: ignore[method-assign]
+    swept(busy)
+    assert cost(busy) == [PRICE * 60 // 3600]
 
 
 def test_a_second_instance_with_a_closed_leases_label_counts_from_its_own_start(
