@@ -21,7 +21,7 @@ from orchestrator.sim.kernel import Crash, Kernel, seconds
 from orchestrator.sim.market import Market, hosts
 from orchestrator.sim.profiles import Rates, swarm
 from orchestrator.sim.server import Server, Storage, Store
-from state import policy, record
+from state import money, policy, record
 from state.errors import IllegalMove, NotFound, StokerError
 from state.events import Dataset, DatasetStatus, Outgoing, OutgoingStatus, Secret
 from state.job import GpuNeeds, Job, JobRequest, Status
@@ -569,12 +569,19 @@ class World:
         if job.started_at is not None:
             out.to_training.append((job.started_at - job.created_at).total_seconds())
 
+    def _orphaned(self, leases: Sequence[Lease]) -> int:
+        """What orphans with the labels of these leases cost, micro-USD."""
+        with self.store.transaction() as tx:
+            found = [orphan for lease in leases for orphan in tx.orphans_labelled(lease.label)]
+        return sum(money.orphaned(orphan, self.kernel.now()) for orphan in found)
+
     def _measure(self) -> None:
         out = self.outcome
         again: defaultdict[tuple[str, str], int] = defaultdict(int)
         for job_id, rentals in self.checker.of_job.items():
             leases = self.leases_of(job_id)
             receipt = sum(item.cost if item.billed is None else item.billed for item in leases)
+            receipt += self._orphaned(leases)
             ledger = sum(self.market.cost(rental.id) for rental in rentals)
             out.cost_receipt += receipt
             out.cost_ledger += ledger
