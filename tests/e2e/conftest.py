@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from playwright.sync_api import Browser
 from rich.console import Console
 
 from orchestrator.cli.demo import skimage_photos
 from orchestrator.cli.jobs import photo_files, upload_dataset
+from orchestrator.cli.servers import make_key
 from orchestrator.cli.stage import Stage, descendants, free_port, is_running
+from stand.browser import Reader, chromium
 from stand.running import Customer, Stoker, argv_of, running_from, until
 
 ROOT = Path(__file__).parents[2]
@@ -68,6 +71,29 @@ def stoker(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> Iterator[S
             yield running
     assert {pid: argv_of(pid) for pid in stage.left()} == {}, "processes were left"
     until(lambda: not running_from(root), "no orphan of a killed process is left", 10.0)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as running:
+        yield running
+
+
+@pytest.fixture
+def reader(browser: Browser, stoker: Any, request: pytest.FixtureRequest) -> Iterator[Reader]:
+    """An operator's browser; what it noticed fails the test."""
+    shots = request.config.getoption("--shots")
+    storage = stoker.services.settings.s3_endpoint
+    one = Reader(browser, stoker.stage.url, storage, shots=Path(shots) if shots else None)
+    yield one
+    one.close()
+    assert one.faults == []
+
+
+@pytest.fixture(scope="module")
+def key(stoker: Any) -> str:
+    scopes = frozenset({"operator", "jobs:read", "jobs:write"})
+    return make_key(stoker.services, owner="ops", name="ops", scopes=scopes)
 
 
 class Demo:

@@ -11,21 +11,20 @@ import hashlib
 import io
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
-from playwright.sync_api import Browser, Page, Route, expect
+from playwright.sync_api import Page, Route, expect
 
 from gpu_agent import wire
 from infra.safetensors import read_weights
 from orchestrator.cli.demo import STATES, TINY_RECIPE
 from orchestrator.cli.receiver import Receiver
-from orchestrator.cli.servers import make_key
 from orchestrator.cli.stage import TINY_FILE
-from stand.browser import Reader, chromium, drop, tab_to
+from stand.browser import Reader, drop, tab_to
 from state import record
 from state.events import Event
 from state.job import Reason
@@ -60,29 +59,6 @@ REMEMBER = """() => {
 LOADED = "image => image.complete && image.naturalWidth > 0"
 PAINTED = """canvas => new Uint32Array(canvas.getContext("2d")
   .getImageData(0, 0, canvas.width, canvas.height).data.buffer).some((pixel) => pixel !== 0)"""
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as running:
-        yield running
-
-
-@pytest.fixture
-def reader(browser: Browser, stoker: Any, request: pytest.FixtureRequest) -> Iterator[Reader]:
-    """An operator's browser; what it noticed fails the test."""
-    shots = request.config.getoption("--shots")
-    storage = stoker.services.settings.s3_endpoint
-    one = Reader(browser, stoker.stage.url, storage, shots=Path(shots) if shots else None)
-    yield one
-    one.close()
-    assert one.faults == []
-
-
-@pytest.fixture(scope="module")
-def key(stoker: Any) -> str:
-    scopes = frozenset({"operator", "jobs:read", "jobs:write"})
-    return make_key(stoker.services, owner="ops", name="ops", scopes=scopes)
 
 
 class Keeper(Receiver):
