@@ -38,19 +38,27 @@ _JOB = frozenset({"id", "status", "attempt", "progress", "cost"})
 _HOST = frozenset({"machine_id", "gpu", "geo", "good", "bad", "lies", "blocked", "shunned"})
 
 
-def beside_file(settings: Settings) -> Path:
-    """Where `stoker up` leaves what commands on the same machine need: URL, key, settings."""
-    return settings.data_dir / "beside.json"
+def demo_dir(settings: Settings) -> Path:
+    """Where `stoker demo` keeps everything while it runs."""
+    return settings.data_dir / "demo"
 
 
-def beside(settings: Settings) -> Mapping[str, Any] | None:
-    """What the `stoker up` that runs in `data_dir` left: `url`, `key`, `env`. None: none runs."""
-    try:
-        known = json.loads(beside_file(settings).read_text())
-        os.kill(known["pid"], 0)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # there is none, or it was killed
-    return dict(known)
+def beside_file(data_dir: Path) -> Path:
+    """Where what runs leaves what commands on the same machine need: URL, key, settings."""
+    return data_dir / "beside.json"
+
+
+def beside(settings: Settings, *, demo: bool = True) -> Mapping[str, Any] | None:
+    """What the `stoker up` that runs in `data_dir` left: `url`, `key`, `env`; where none does,
+    with `demo` what a demo there left. None: nothing runs."""
+    for folder in (settings.data_dir, demo_dir(settings))[: 2 if demo else 1]:
+        try:
+            known = json.loads(beside_file(folder).read_text())
+            os.kill(known["pid"], 0)
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # there is none, or it was killed
+        return dict(known)
+    return None
 
 
 class Client:
@@ -82,7 +90,7 @@ class Client:
     @classmethod
     def here(cls, *, timeout_s: float = TIMEOUT_S) -> Self:
         """By STOKER_URL and STOKER_API_KEY or the configuration files, else the one that
-        `stoker up` runs here; its key goes to no other server that a file names."""
+        runs here; its key goes to no other server that a file names."""
         url, secret = server()
         key = secret.reveal()
         if not (url and key):

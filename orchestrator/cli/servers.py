@@ -77,10 +77,10 @@ def register(app: typer.Typer) -> None:
         app.add_typer(group, name=name)
 
 
-def here() -> Settings:
-    """The settings of this installation: the environment's, then those of a `stoker up` here."""
+def here(*, demo: bool = True) -> Settings:
+    """The settings of this installation: the environment's, then those of what runs here."""
     settings = Settings.from_env()
-    known = beside(settings)
+    known = beside(settings, demo=demo)
     if known is not None:
         given = {name: value for name, value in os.environ.items() if value}
         return Settings.from_env({**known["env"], **given})
@@ -173,15 +173,24 @@ def _local_client(url: str, settings: Settings) -> Iterator[None]:
     for stale in _local_keys(have):  # of one that was killed
         revoke_key(have, stale)
     key = make_key(have, owner="local", name=LOCAL_KEY, scopes=SCOPES)
-    path = beside_file(settings)
+    try:
+        with left_beside(url, key, settings):
+            yield
+    finally:
+        for name in _local_keys(have):
+            revoke_key(have, name)
+
+
+@contextlib.contextmanager
+def left_beside(url: str, key: str, settings: Settings) -> Iterator[None]:
+    """Commands in the same directory find this installation for as long as the block runs."""
+    path = beside_file(settings.data_dir)
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
         json.dump({"url": url, "key": key, "pid": os.getpid(), "env": settings.to_env()}, file)
     try:
         yield
     finally:
         path.unlink(missing_ok=True)
-        for name in _local_keys(have):
-            revoke_key(have, name)
 
 
 def _local_keys(have: Services) -> list[str]:
@@ -276,7 +285,7 @@ def _ready_to_run() -> Settings:
     Raises:
         SettingsError: one that every process needs is missing.
     """
-    settings = here()
+    settings = here(demo=False)  # to which no process of an installation belongs
     for name, value in (
         ("DATABASE_URL", settings.database_url.reveal()),
         ("REDIS_URL", settings.redis_url.reveal()),

@@ -25,7 +25,7 @@ from infra.settings import Settings
 from orchestrator.cli.client import Client
 from orchestrator.cli.console import CliError
 from orchestrator.cli.processes import program, programs
-from orchestrator.cli.servers import make_key, prepare, services
+from orchestrator.cli.servers import left_beside, make_key, prepare, services
 from state.money import NO_LIMITS
 
 if TYPE_CHECKING:
@@ -100,6 +100,7 @@ class Stage:
         scopes = frozenset({"jobs:read", "jobs:write", "operator"})
         self.key = make_key(have, owner="demo", name="demo", scopes=scopes)
         self._until_ready(settings)
+        stack.enter_context(left_beside(self.url, self.key, settings))
         return Client(self.url, self.key), have
 
     def left(self) -> list[int]:

@@ -103,6 +103,7 @@ class Demo:
         self.folder, self.port = folder, free_port()
         env = {name: value for name, value in os.environ.items() if not name.startswith("STOKER_")}
         env |= {"STOKER_DATA": str(folder / "data"), "PYTHONPATH": str(ROOT)}
+        self._env = env
         self.said = folder / f"said-{self.port}.txt"
         with self.said.open("wb") as said:
             self.process = subprocess.Popen(
@@ -127,6 +128,11 @@ class Demo:
 
     def words(self) -> str:
         return self.said.read_text(errors="replace")
+
+    def beside(self, *args: str) -> str:
+        """What another command says, in the same directory."""
+        command = [sys.executable, "-m", "orchestrator.cli", *args]
+        return subprocess.check_output(command, cwd=self.folder, env=self._env, text=True)
 
     def end(self, seconds: float = 200.0) -> tuple[int, str]:
         """Wait for its end; exit code and stdout."""
