@@ -7,6 +7,7 @@ Vast sandbox, whose rented machines are local processes; the real agent and a re
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import json
 import os
@@ -27,7 +28,7 @@ from gpu_agent import wire
 from gpu_agent.recipe import DIFFUSION, FAMILIES
 from infra.settings import Settings
 from orchestrator.api.keys import hash_of
-from orchestrator.cli.client import Client
+from orchestrator.cli.client import Client, demo_dir
 from orchestrator.cli.console import CliError, Exit, err, out, print_json, print_rows
 from orchestrator.cli.follow import durations, follow
 from orchestrator.cli.jobs import check_family, fetch_results, photo_files, upload_dataset
@@ -127,7 +128,7 @@ def demo(
 
 def _workplace(stack: contextlib.ExitStack, port: int) -> Path:
     """An empty directory that goes at the end; one demo at a time."""
-    root = Settings.from_env().data_dir / "demo"
+    root = demo_dir(Settings.from_env())
     try:
         root.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(root).free
@@ -141,10 +142,20 @@ def _workplace(stack: contextlib.ExitStack, port: int) -> Path:
             "free some space, or set STOKER_DATA to a directory on another disk",
         )
     check_free("127.0.0.1", port, f"stoker demo --port {port + 10}")
-    shutil.rmtree(root)  # what a killed demo left
+    _until(lambda: _is_removed(root))
     root.mkdir()
     stack.callback(shutil.rmtree, root, ignore_errors=True)
     return root
+
+
+def _is_removed(root: Path) -> bool:
+    """Remove what a killed demo left. Its servers may be ending still, and take files away."""
+    try:
+        shutil.rmtree(root)
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTEMPTY):
+            raise
+    return not root.exists()
 
 
 def _alone(stack: contextlib.ExitStack, path: Path) -> None:
@@ -371,6 +382,7 @@ def _stay(stage: Stage) -> None:
     show = stage.show
     show.print(f"\nthe pages and the API are still up at {stage.url}", markup=False)
     show.print(f"  log in with {stage.key}", markup=False, soft_wrap=True)
+    show.print("  in another terminal here: stoker ps -a, stoker offers, stoker cost", markup=False)
     show.print("  it ends with everything else, at Ctrl-C", markup=False)
     with contextlib.suppress(KeyboardInterrupt):
         threading.Event().wait()

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from orchestrator.cli.app import make_app
 from orchestrator.cli.console import CliError
+from orchestrator.cli.stage import free_port
 
 ENDLESS = ("--steps", "100000")
 
@@ -84,7 +85,7 @@ def test_the_demos_webhooks_come_verified_and_in_order(whole: Any) -> None:
 
 
 @pytest.mark.slow
-def test_one_demo_at_a_time_and_ctrl_c_ends_it_whole(
+def test_one_demo_at_a_time_that_commands_find_and_ctrl_c_ends_whole(
     whole: Any, start_demo: Callable[..., Any], until: Callable[..., Any]
 ) -> None:
     first = start_demo(*ENDLESS)
@@ -97,6 +98,9 @@ def test_one_demo_at_a_time_and_ctrl_c_ends_it_whole(
     assert error["what"] == "a demo runs here already"
     assert str(first.process.pid) in error["why"]
     assert first.process.poll() is None, "the second must not disturb the first"
+
+    listed = first.beside("ps", "--json")
+    assert [job["status"] for job in json.loads(listed)] == ["training"]
 
     os.killpg(first.process.pid, signal.SIGINT)  # as a terminal does
     code, _ = first.end(60.0)
@@ -147,7 +151,8 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Cl
     monkeypatch.setenv("STOKER_DATA", str(tmp_path / "data"))
 
     def run(*args: str) -> CliError:
-        result = CliRunner().invoke(make_app(), ["demo", *args])
+        port = ("--port", str(free_port()))  # the usual one may be taken, by a Stoker of yours
+        result = CliRunner().invoke(make_app(), ["demo", *port, *args])
         assert isinstance(result.exception, CliError), result
         assert list((tmp_path / "data").rglob("*/*")) == [], "nothing was made"
         return result.exception
