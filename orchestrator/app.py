@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from http import HTTPStatus
 from typing import Any
 
 from flask import Response, g, request
@@ -123,7 +122,7 @@ def spec_of(app: OpenAPI) -> dict[str, Any]:
     schema = {"$ref": "#/components/schemas/Problem"}
     common = {
         status: {
-            "description": HTTPStatus(int(status)).phrase,
+            "description": problems.title_of(int(status)),
             "content": {problems.MIMETYPE: {"schema": schema}},
         }
         for status in PROBLEMS

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from http import HTTPStatus
 from typing import Any
 
 from flask import Flask, Request, Response, g, has_request_context, request
 from pydantic import BaseModel, Field, ValidationError
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
+from werkzeug.http import HTTP_STATUS_CODES
 
 from gpu_agent import wire
 from gpu_agent.recipe import RecipeError
@@ -98,10 +98,15 @@ def is_outage(error: BaseException) -> bool:
     return isinstance(error, errors.StoreUnavailable)
 
 
+def title_of(status: int) -> str:
+    """A status in words. Those of Python's `http` are others since 3.13, and clients know ours."""
+    return HTTP_STATUS_CODES[status]
+
+
 def body_of(refusal: Refusal, request_id: str) -> bytes:
     """The problem document of `refusal`."""
     problem = Problem(
-        title=HTTPStatus(refusal.status).phrase,
+        title=title_of(refusal.status),
         status=refusal.status,
         detail=refusal.detail,
         code=refusal.code,
@@ -155,7 +160,7 @@ def install(app: Flask) -> None:
     def of_http(error: HTTPException) -> Response:
         if error.code is None or error.code < 400:  # a redirect of the router's
             return Response(error.get_body(), error.code, error.get_headers())
-        code = HTTPStatus(error.code).name.lower()
+        code = title_of(error.code).lower().replace(" ", "_")
         headers: dict[str, str] = {}
         if isinstance(error, MethodNotAllowed) and error.valid_methods:
             headers["Allow"] = ", ".join(sorted(error.valid_methods))
