@@ -27,6 +27,7 @@ from orchestrator.cli.app import run
 from orchestrator.cli.diagnosis import diagnose
 from orchestrator.cli.servers import prepare
 from orchestrator.deps import Deps
+from stand.real_redis import NEEDS_REDIS
 from state.alarms import Severity
 from state.endpoints import Endpoint
 from state.events import Secret
@@ -57,9 +58,10 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def well(tmp_path_factory, database_url):
+def well(tmp_path_factory, make_database):
     root = tmp_path_factory.mktemp("dr")
-    named = Settings(data_dir=root, database_url=Secret(database_url))
+    # its own: a machine that another test left in a shared one would be a fault
+    named = Settings(data_dir=root, database_url=Secret(make_database()))
     with embedded.start(named) as servers, running_sandbox(account_key=ACCOUNT) as sandbox:
         port = free_port()
         settings = replace(
@@ -224,7 +226,10 @@ FAULTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(
+    "fault",
+    [pytest.param(name, marks=NEEDS_REDIS if "password" in name else ()) for name in FAULTS],
+)
 def test_a_fault_is_one_line_with_its_mend(doctor, well, fault):
     well.beat()
     plant, part, words, mend = FAULTS[fault]

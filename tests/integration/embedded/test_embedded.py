@@ -19,6 +19,7 @@ import redis
 from infra import embedded
 from infra.settings import Settings
 from infra.storage import Storage
+from stand.real_redis import NEEDS_REDIS
 from state.events import Secret
 
 from .conftest import Holder, eventually, is_alive
@@ -46,6 +47,7 @@ def check(settings: Settings) -> None:
     assert Storage.connect(settings).get_bytes("kept") == b"here"
 
 
+@NEEDS_REDIS
 def test_servers_start_keep_their_data_and_end(start: Start, data_dir: Path) -> None:
     seen: list[tuple[str, str]] = []
     servers = start(progress=lambda name, state: seen.append((name, state)))
@@ -65,6 +67,7 @@ def test_servers_start_keep_their_data_and_end(start: Start, data_dir: Path) -> 
     assert again.settings.s3_endpoint == servers.settings.s3_endpoint  # the port, while it is free
 
 
+@NEEDS_REDIS
 def test_servers_are_the_real_ones_with_every_commit_on_disk(start: Start) -> None:
     settings = start().settings
     with psycopg.connect(settings.database_url.reveal()) as connection:
@@ -82,6 +85,7 @@ def test_servers_are_the_real_ones_with_every_commit_on_disk(start: Start) -> No
         assert client.eval("return 1 + 1", 0) == 2
 
 
+@NEEDS_REDIS
 def test_nobody_comes_in_without_the_password_or_from_outside(start: Start) -> None:
     servers = start()
     settings = servers.settings
@@ -171,7 +175,7 @@ def test_all_servers_end_when_their_supervisor_is_killed(hold: Hold, start: Star
     start().close()
 
 
-@pytest.mark.parametrize("name", ["postgresql", "redis", "s3"])
+@pytest.mark.parametrize("name", ["postgresql", pytest.param("redis", marks=NEEDS_REDIS), "s3"])
 def test_killed_server_comes_back_with_its_data(start: Start, name: str) -> None:
     servers = start()
     fill(servers.settings)
