@@ -404,6 +404,9 @@ class Checker:
             self._any_order(job, life, random)
         for rental in self.world.market.ours(self.prefix):
             self._refuse("I2", _job_of(rental.label), f"instance {rental.id} lives at the end")
+        with self.world.store.transaction() as tx:
+            for orphan in tx.open_orphans():
+                self._refuse("I20", orphan.job, f"orphan {orphan.id} costs money at the end")
 
     def _cap(self, job: Job) -> None:
         """What its machines cost until we let them go, by the market's ledger."""

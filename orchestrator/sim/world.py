@@ -286,13 +286,14 @@ class World:
             tx.beat(RECEIVER, start + timedelta(seconds=at), said)
 
     def _sweep_on(self) -> None:
-        """Beat sweeps always; here only while there is a job, a lease or a machine."""
+        """Beat sweeps always; here only while there is a job, a lease, an orphan or a machine."""
         if not self._sweeping:
             self._sweeping = True
             self.kernel.after(SWEEP_S, self._sweep)
 
     def _sweep(self) -> None:
-        idle = not self._jobs_open and not self.store._data.open_leases
+        data = self.store._data
+        idle = not self._jobs_open and not data.open_leases and not data.open_orphans
         if idle and not self.market.ours(f"{DEPLOYMENT}/"):
             self._sweeping = False
             return

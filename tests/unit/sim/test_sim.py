@@ -15,6 +15,7 @@ from orchestrator.sim.run import Summary, cohorts, run
 from orchestrator.sim.shrink import shrink
 from orchestrator.sim.world import Cohort, Outcome, World
 from state import policy
+from state.orphan import Orphan
 from tasks.deallocate import Keeper
 
 
@@ -43,6 +44,7 @@ def test_hell_is_survived(hell: Summary) -> None:
     figures = hell.figures()
     assert figures["violations"] == []
     assert sum(figures["statuses"].values()) == 300
+    assert abs(figures["cost"]["mean_difference"]) < 0.01
     assert figures["crashes"] + sum(figures["faults_injected"].values()) > 100
 
 
@@ -110,6 +112,13 @@ def unread(cohort: Cohort) -> Outcome:
     return world.run()
 
 
+def unforgotten(cohort: Cohort) -> Outcome:
+    """Does not notice that an orphan is gone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Orphan, "missed", lambda orphan, at: orphan)
+        return World(cohort).run()
+
+
 @pytest.mark.parametrize(
     ("planted", "broken"),
     [
@@ -117,6 +126,7 @@ def unread(cohort: Cohort) -> Outcome:
         pytest.param(partial(kept_by, Credulous), {"I7"}, id="no second opinion"),
         pytest.param(partial(kept_by, Forgetful), {"I2", "I4", "I20"}, id="nothing is destroyed"),
         pytest.param(unread, {"I16"}, id="results are not read back"),
+        pytest.param(unforgotten, {"I20"}, id="orphans cost money for ever"),
     ],
 )
 def test_a_planted_mistake_is_found_by_the_invariant_that_it_breaks(
