@@ -33,8 +33,8 @@ class Policy:
         token: how long a new machine may take to say hello.
         machines: how many machines an attempt may try before the job stalls: one that fails
             before its agent said hello costs time, but nothing of the job's.
-        hedge_least, hedge_factor: a second machine is rented when a boot takes longer than this,
-            and longer than so many times what is expected of the first.
+        hedge_least: a second machine is rented when a boot takes longer than this, and longer than
+            what is expected of the first.
         interruptions: after so many a job rents on demand only.
         frozen: an agent that is heard but gets nothing done for so long has stalled, by state.
         slow_steps: a training is frozen only after so many times the length of one of its steps.
@@ -66,7 +66,6 @@ class Policy:
     token: timedelta = timedelta(minutes=30)
     machines: int = 4
     hedge_least: timedelta = timedelta(seconds=45)
-    hedge_factor: float = 1.25
     interruptions: int = 2
     frozen: Mapping[Status, timedelta] = field(
         default_factory=lambda: {
@@ -117,7 +116,6 @@ def for_job(job: Job, rules: Policy = DEFAULT) -> Policy:
         offer_pause=sooner(rules.offer_pause, LEAST_PAUSE),
         progress_pause=sooner(rules.progress_pause, LEAST_NEWS),
         hedge_least=sooner(rules.hedge_least, LEAST_BOOT),
-        hedge_factor=rules.hedge_factor / pace,
         frozen={status: sooner(span, LEAST_FROZEN) for status, span in rules.frozen.items()},
     )
 

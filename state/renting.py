@@ -32,7 +32,7 @@ def hedged_from(job: Job, lease: Lease, rules: Policy = policy.DEFAULT) -> datet
     if not may or lease.status is not LeaseStatus.RENTED or lease.rented_at is None:
         return None
     rules = policy.for_job(job, rules)
-    expected = timedelta(seconds=lease.boot_s * rules.hedge_factor)
+    expected = timedelta(seconds=lease.boot_s / rules.pace)
     return lease.rented_at + max(rules.hedge_least, expected)
 
 

@@ -123,10 +123,10 @@ def test_waiting_for_an_offer_says_what_was_refused_and_when_the_next_look_is():
 
 
 def test_a_slow_boot_says_what_was_expected_what_the_market_says_and_what_comes():
-    slow = lease(70, note="starting: Pulling image layer 3", noted_at=ago(40))
-    found = said(job(Status.PENDING_GPU, 80), slow)
+    slow = lease(55, note="starting: Pulling image layer 3", noted_at=ago(40))
+    found = said(job(Status.PENDING_GPU, 65), slow)
     assert found.waits_for is Waits.BOOT
-    assert "boots for 70 s, where 60 s were expected" in found.headline
+    assert "boots for 55 s, where 60 s were expected" in found.headline
     assert "Pulling image layer 3" in found.headline
     assert found.deadlines[0].name == "hedge"
     assert {"hedge", "boot", "state", "lease"} == {item.name for item in found.deadlines}
