@@ -279,14 +279,16 @@ def choose(
     work: Workload,
     *,
     excluded: Collection[str] = (),
+    given_up: Collection[str] = (),
     hosts: Iterable[HostRecord] = (),
     now: datetime,
     waited: timedelta = timedelta(),
     rules: Policy = policy.DEFAULT,
 ) -> Choice:
     """Which of `offers` a job that has `waited` may take, in which order. `excluded` are machines
-    that failed it before, or that it has already. Where nothing else is left, machines that failed
-    others lately are better than none."""
+    that failed it before, or that it has already; those that it has `given_up`, because another was
+    ready first, come last. Where nothing else is left, machines that failed others lately are
+    better than none."""
     known = Knowledge.of(hosts)
     ranked: list[tuple[Offer, Expectation]] = []
     doubtful: list[tuple[Offer, Expectation]] = []
@@ -306,7 +308,7 @@ def choose(
         ranked = doubtful
     else:
         barred += [(offer, memory.FAILED_LATELY) for offer, _ in doubtful]
-    ranked.sort(key=lambda row: (row[1].cost, row[0].id))
+    ranked.sort(key=lambda row: (row[0].machine_id in given_up, row[1].cost, row[0].id))
     return Choice(ranked=tuple(ranked), barred=tuple(barred))
 
 

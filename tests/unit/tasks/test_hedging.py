@@ -110,6 +110,19 @@ def test_the_first_to_say_hello_has_the_job_and_the_other_goes(slow: World, winn
     assert slow.job().excluded_machines == ()
 
 
+def test_a_machine_that_lost_a_race_is_what_the_next_attempt_tries_last(slow: World) -> None:
+    _, second = hedged(slow)
+    hello(slow, second, "winner")
+    pass_time(slow, 5)
+    slow.provider.set_phase(second.instance_id, "ended")
+    sweep(slow.keeper, "test")
+    pass_time(slow, 20)
+    assert slow.job().attempt == 2
+    assert machines(slow) == ["m3"], "m1 costs less"
+    pass_time(slow, 200)
+    assert machines(slow) == ["m3", "m1"], "and is better than none"
+
+
 def test_a_lost_answer_to_the_winners_hello_is_given_again(slow: World) -> None:
     _, second = hedged(slow)
     secret = hello(slow, second, "winner").reveal()
