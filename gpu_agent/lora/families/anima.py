@@ -25,13 +25,11 @@ from diffusers import (
 )
 from diffusers.models.transformers import transformer_cosmos
 from diffusers.utils import is_torchvision_available
-from safetensors import SafetensorError
 from torch.nn import functional
 from transformers import Qwen2Tokenizer, Qwen3Model, T5TokenizerFast
 
-from gpu_agent.lora.errors import ModelError
 from gpu_agent.lora.families import family, naming
-from gpu_agent.lora.families.base import ATTENTION, Conditions, Model, image_of, pixels_of
+from gpu_agent.lora.families.base import ATTENTION, Conditions, Model, image_of, pixels_of, reading
 from gpu_agent.lora.families.single_file import Part, Source, filled, placed
 from gpu_agent.lora.objective import Flow
 from gpu_agent.recipe import Recipe
@@ -190,7 +188,7 @@ def pipeline(base: Path, work: Path) -> Any:
 
 def _components(base: Path, dtype: Any) -> dict[str, Any]:
     source = Source(base, family("anima").repository)
-    try:
+    with reading(base):
         made = _transformer(source, dtype)
         made["text_encoder"] = source.encoder(Qwen3Model, "text_encoder", dtype)
         made["vae"] = source.get(
@@ -199,8 +197,6 @@ def _components(base: Path, dtype: Any) -> dict[str, Any]:
         made["tokenizer"] = source.words(Qwen2Tokenizer, "tokenizer")
         made["t5_tokenizer"] = source.words(T5TokenizerFast, "t5_tokenizer")
         made["scheduler"] = _scheduler(base)
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise ModelError("model.unreadable", f"{base.name} cannot be loaded: {error}") from error
     return made
 
 

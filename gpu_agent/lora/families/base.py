@@ -11,13 +11,16 @@ Tensors are torch's. Latents are (n, c, h, w), or (n, c, 1, h, w) where the fami
 
 from __future__ import annotations
 
+import errno
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from torch import nn
 
 from gpu_agent.lora.errors import ModelError
@@ -188,6 +191,28 @@ def settle(part: nn.Module) -> None:
     """
     for tensor in part.parameters():
         tensor.data = tensor.data.clone()
+
+
+#: Errors of the system that say something of the base, and not of the machine.
+_NOT_THERE = {None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR}
+
+
+@contextmanager
+def reading(base: Path) -> Iterator[None]:
+    """What libraries raise over a base that they cannot read is its fault, `model.unreadable`; that
+    a disk is full or memory out is the machine's, and goes through.
+
+    Raises:
+        ModelError: the base cannot be loaded.
+    """
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno not in _NOT_THERE:
+            raise
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ModelError("model.unreadable", f"{base.name} cannot be loaded: {error}") from error
 
 
 def check_whole(base: Path, part: nn.Module) -> None:

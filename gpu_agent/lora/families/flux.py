@@ -14,12 +14,11 @@ from diffusers import (
     FluxPipeline,
     FluxTransformer2DModel,
 )
-from safetensors import SafetensorError
 from transformers import CLIPTextModel
 
 from gpu_agent.lora.errors import ModelError
 from gpu_agent.lora.families import family, naming, single_file, t5
-from gpu_agent.lora.families.base import ATTENTION, JOINT, Conditions, Model
+from gpu_agent.lora.families.base import ATTENTION, JOINT, Conditions, Model, reading
 from gpu_agent.lora.families.clip_words import tokenizer_for
 from gpu_agent.lora.families.single_file import CLIP_L, VAE, Part, Place, Source
 from gpu_agent.lora.objective import Flow, flux_shift
@@ -163,10 +162,8 @@ def pipeline(base: Path, work: Path) -> Any:
 
 def _parts(base: Path, device: Any, dtype: Any) -> dict[str, Any]:
     """By diffusers' names of components. Raises: ModelError."""
-    try:
+    with reading(base):
         parts = _read(base, dtype)
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise ModelError("model.unreadable", f"{base.name} cannot be loaded: {error}") from error
     taken, made = parts["transformer"].config["in_channels"], parts["vae"].config["latent_channels"]
     if taken != 4 * made:
         raise ModelError(

@@ -19,7 +19,6 @@ from diffusers import (
 )
 from diffusers.guiders import AdaptiveProjectedMixGuidance
 from diffusers.pipelines.hunyuan_image.pipeline_hunyuanimage import extract_glyph_text
-from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     ByT5Tokenizer,
@@ -30,7 +29,7 @@ from transformers import (
 
 from gpu_agent.lora.errors import ModelError
 from gpu_agent.lora.families import family, naming, single_file
-from gpu_agent.lora.families.base import Conditions, Model
+from gpu_agent.lora.families.base import Conditions, Model, reading
 from gpu_agent.lora.families.single_file import Part, Place, Source
 from gpu_agent.lora.objective import Flow
 from gpu_agent.recipe import Recipe
@@ -200,10 +199,8 @@ def pipeline(base: Path, work: Path) -> Any:
 
 def _components(base: Path, device: Any, dtype: Any) -> dict[str, Any]:
     """By diffusers' names. Raises: ModelError."""
-    try:
+    with reading(base):
         parts = _read(base, device, dtype)
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise ModelError("model.unreadable", f"{base.name} cannot be loaded: {error}") from error
     config = parts["transformer"].config
     if config["guidance_embeds"] or config["use_meanflow"]:
         raise ModelError(

@@ -16,12 +16,10 @@ from diffusers import (
     Lumina2Pipeline,
     Lumina2Transformer2DModel,
 )
-from safetensors import SafetensorError
 from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
 
-from gpu_agent.lora.errors import ModelError
 from gpu_agent.lora.families import family, naming, single_file
-from gpu_agent.lora.families.base import ATTENTION, Conditions, Model
+from gpu_agent.lora.families.base import ATTENTION, Conditions, Model, reading
 from gpu_agent.lora.families.single_file import VAE, Part, Place, Source
 from gpu_agent.lora.objective import Flow
 from gpu_agent.recipe import Recipe
@@ -119,10 +117,8 @@ def pipeline(base: Path, work: Path) -> Any:
 
 def _components(base: Path, device: Any, dtype: Any) -> dict[str, Any]:
     """By diffusers' names. Raises: ModelError."""
-    try:
+    with reading(base):
         parts = _read(base, device, dtype)
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise ModelError("model.unreadable", f"{base.name} cannot be loaded: {error}") from error
     return {
         name: single_file.placed(base, part, device, waits=name == "transformer")
         if isinstance(part, torch.nn.Module)

@@ -15,14 +15,12 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.models.attention import BasicTransformerBlock
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from gpu_agent.lora.deep_convs import as_products
-from gpu_agent.lora.errors import ModelError
 from gpu_agent.lora.families import ldm, naming
-from gpu_agent.lora.families.base import ATTENTION, Conditions, Model
+from gpu_agent.lora.families.base import ATTENTION, Conditions, Model, reading
 from gpu_agent.lora.families.clip_words import (
     HUGGING_FACE_PAD,
     OPEN_CLIP_PAD,
@@ -150,12 +148,10 @@ def read(base: Path, work: Path, dtype: Any) -> Parts:
     Raises:
         ModelError: weights are missing or of the wrong shape.
     """
-    try:
+    with reading(base):
         if base.is_dir():
             return _from_folder(base, dtype)
         return _from_file(base, work / "base_config", dtype)
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise ModelError("model.unreadable", f"{base.name} cannot be loaded: {error}") from error
 
 
 def diffusers_pipeline(kind: Any, base: Path, work: Path, **more: Any) -> Any:

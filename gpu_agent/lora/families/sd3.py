@@ -15,13 +15,12 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
-from safetensors import SafetensorError
 from torch.nn import functional
 from transformers import CLIPTextModelWithProjection
 
 from gpu_agent.lora.errors import ModelError
 from gpu_agent.lora.families import family, naming, single_file, t5
-from gpu_agent.lora.families.base import ATTENTION, JOINT, Conditions, Model
+from gpu_agent.lora.families.base import ATTENTION, JOINT, Conditions, Model, reading
 from gpu_agent.lora.families.clip_words import (
     HUGGING_FACE_PAD,
     OPEN_CLIP_PAD,
@@ -155,10 +154,8 @@ def _parts(base: Path, device: Any, dtype: Any) -> dict[str, Any]:
     Raises:
         ModelError: as `load`.
     """
-    try:
+    with reading(base):
         parts = _read(base, dtype)
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise ModelError("model.unreadable", f"{base.name} cannot be loaded: {error}") from error
     if parts["transformer"].config["in_channels"] != parts["vae"].config["latent_channels"]:
         raise ModelError("model.family", "denoiser and VAE do not fit each other")
     return {

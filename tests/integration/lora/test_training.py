@@ -469,6 +469,19 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+def test_a_disk_that_was_full_before_is_no_fault_of_the_model(workshop, small_disk):
+    from gpu_agent.lora.__main__ import _translate
+
+    with pytest.raises(OSError, match="No space left"), (small_disk / "others").open("wb") as file:
+        while True:
+            file.write(bytes(4096))
+            file.flush()
+    job = {**workshop.job(), "work_dir": str(small_disk)}
+    with pytest.raises(OSError, match="No space left") as caught:
+        workshop.train(job)
+    assert _translate(caught.value).code == "host.disk_full"
+
+
 def test_a_disk_that_fills_up_is_told_and_leaves_the_checkpoint_before(workshop, small_disk):
     from gpu_agent.lora.__main__ import _translate
 
