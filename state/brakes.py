@@ -38,7 +38,8 @@ _NO_FAILURES = (LOST_RACE, f"its job is {Status.CANCELLED}")
 @dataclass(frozen=True, kw_only=True)
 class Book:
     """What a decision on renting looks at: leases since the limits' horizon and all open ones,
-    oldest first; the beats; what was spent ever (micro-USD); orphans as leases."""
+    oldest first; the beats; what was spent ever (micro-USD); orphans
+    likewise, if a limit counts them."""
 
     leases: Sequence[Lease]
     beats: Beats

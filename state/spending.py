@@ -111,12 +111,12 @@ def _until(when: datetime, amount: int, lease: Lease, now: datetime) -> int:
     return round(amount * part / whole) if whole > 0 else amount
 
 
-_KEYS: Mapping[GroupBy, Callable[[Lease, Job | None], str]] = {
-    GroupBy.DAY: lambda lease, job: lease.created_at.astimezone(UTC).date().isoformat(),
-    GroupBy.HOST: lambda lease, job: lease.machine_id,
-    GroupBy.GPU: lambda lease, job: lease.gpu_name,
-    GroupBy.JOB: lambda lease, job: lease.job,
-    GroupBy.OWNER: lambda lease, job: job.owner if job else "",
+_KEYS: Mapping[GroupBy, Callable[[Lease | Orphan, datetime, Job | None], str]] = {
+    GroupBy.DAY: lambda machine, began, job: began.astimezone(UTC).date().isoformat(),
+    GroupBy.HOST: lambda machine, began, job: machine.machine_id,
+    GroupBy.GPU: lambda machine, began, job: machine.gpu_name,
+    GroupBy.JOB: lambda machine, began, job: machine.job,
+    GroupBy.OWNER: lambda machine, began, job: job.owner if job else "",
 }
 
 
@@ -133,17 +133,8 @@ def add(
         job = jobs.get(lease.job)
         split = of(lease, job, now)
         if split.machines:
-            name = key(lease, job)
+            name = key(lease, lease.created_at, job)
             groups[name] = groups.get(name, NOTHING) + split
-
-
-_ORPHAN_KEYS: Mapping[GroupBy, Callable[[Orphan, Job | None], str]] = {
-    GroupBy.DAY: lambda orphan, job: orphan.started_at.astimezone(UTC).date().isoformat(),
-    GroupBy.HOST: lambda orphan, job: orphan.machine_id,
-    GroupBy.GPU: lambda orphan, job: orphan.gpu_name,
-    GroupBy.JOB: lambda orphan, job: orphan.job,
-    GroupBy.OWNER: lambda orphan, job: job.owner if job else "",
-}
 
 
 def add_orphans(
@@ -154,8 +145,8 @@ def add_orphans(
     now: datetime,
 ) -> None:
     """Add what these orphans cost to their `groups`; those that cost nothing are in none."""
-    key = _ORPHAN_KEYS[group_by]
+    key = _KEYS[group_by]
     for orphan in orphans:
         if amount := money.orphaned(orphan, now):
-            name = key(orphan, jobs.get(orphan.job))
+            name = key(orphan, orphan.started_at, jobs.get(orphan.job))
             groups[name] = groups.get(name, NOTHING) + Split(orphan=amount)
