@@ -49,21 +49,22 @@ def settle(store: Store, provider: Provider, leases: Sequence[Lease], now: datet
                 others = tx.orphans_labelled(row.label)
                 apart = sum(money.orphaned(orphan, now) for orphan in others)
                 billed = max(0, charged[row.label] - apart)
-            row = row.evolve(billed=billed, tries=tries, due_at=again)
-            tx.save_lease(row)
-            at, amount = row.released_at or now, money.spent(row, now)
-            tx.add_spend(lease=row.id, job=row.job, at=at, amount=amount)
+            _save(tx, row.evolve(billed=billed, tries=tries, due_at=again), now)
 
 
 def ask_again(tx: Transaction, lease: Lease, now: datetime) -> None:
     """Forget what was charged for a lease that is over (and locked): an orphan with its label was
     in that. The market is asked once more, when its invoices can be complete."""
-    at = lease.released_at
-    if lease.billed is None or at is None:
+    if lease.billed is None or lease.released_at is None:
         return
     tries, due_at = lease.tries, lease.due_at
     if due_at is None:
         tries, due_at = len(ASKS) - 1, now + ASKS[-1]
-    lease = lease.evolve(billed=None, tries=tries, due_at=due_at)
+    _save(tx, lease.evolve(billed=None, tries=tries, due_at=due_at), now)
+
+
+def _save(tx: Transaction, lease: Lease, now: datetime) -> None:
+    """With its money in the ledger of all that was spent."""
     tx.save_lease(lease)
-    tx.add_spend(lease=lease.id, job=lease.job, at=at, amount=money.spent(lease, now))
+    at, amount = lease.released_at or now, money.spent(lease, now)
+    tx.add_spend(lease=lease.id, job=lease.job, at=at, amount=amount)

@@ -40,7 +40,8 @@ def note(
     Lists have shown what was gone: of an instance that is new here, or was destroyed, `is_gone`
     gives a second opinion."""
     with store.transaction() as tx:
-        there = {orphan.id for orphan in tx.open_orphans() if orphan.ended_at is None}
+        known = tx.open_orphans()
+    there = {orphan.id for orphan in known if orphan.ended_at is None}
     for instance in unowned:
         if instance.id not in there and is_gone(instance.id):
             continue
@@ -50,12 +51,10 @@ def note(
         except ValueError as error:  # a garbled row is no reason to keep the others
             _log.error("an orphan cannot be written down", instance=instance.id, error=str(error))
     shown = {instance.id for instance in listed}
-    with store.transaction() as tx:
-        missing = [orphan.id for orphan in tx.open_orphans() if orphan.id not in shown]
-    for orphan_id in missing:
+    for missing in (orphan.id for orphan in known if orphan.id not in shown):
         with store.transaction() as tx:
             tx.lock("orphans")
-            if before := tx.orphan(orphan_id):
+            if before := tx.orphan(missing):
                 _save(tx, before, before.missed(now), now)
 
 
