@@ -286,9 +286,9 @@ def choose(
     rules: Policy = policy.DEFAULT,
 ) -> Choice:
     """Which of `offers` a job that has `waited` may take, in which order. `excluded` are machines
-    that failed it before, or that it has already; those that it has `given_up`, because another was
-    ready first, come last. Where nothing else is left, machines that failed others lately are
-    better than none."""
+    that failed it before, or that it has already; those that it has `given_up` before they
+    were ready come last. Where nothing else is left, machines that failed others lately are better
+    than none."""
     known = Knowledge.of(hosts)
     ranked: list[tuple[Offer, Expectation]] = []
     doubtful: list[tuple[Offer, Expectation]] = []

@@ -121,12 +121,11 @@ class Renter:
             self._wait(job_id, words, code=UNREADABLE, pause=pause)
             return None
         beside = [lease.machine_id for lease in leases if lease.open]
-        before = [lease for lease in leases if lease.rented_at and not lease.open]
         choice = ranking.choose(
             offers,
             work,
             excluded=(*job.excluded_machines, *beside),
-            given_up=[lease.machine_id for lease in before if lease.ready_at is None],
+            given_up=[item.machine_id for item in leases if item.rented_at and not item.ready_at],
             hosts=hosts,
             now=self.clock(),
             waited=self.clock() - job.entered_at,
