@@ -208,9 +208,8 @@ def reading(base: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        if isinstance(error, OSError) and error.errno not in _NOT_THERE:
-            raise
-        if isinstance(error, torch.OutOfMemoryError):
+        of_system = isinstance(error, OSError) and error.errno not in _NOT_THERE
+        if of_system or isinstance(error, torch.OutOfMemoryError):
             raise
         raise ModelError("model.unreadable", f"{base.name} cannot be loaded: {error}") from error
 

@@ -1,6 +1,8 @@
 """Single files of the families that have a transformer: read to the bit, known by their names."""
 
+import errno
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from gpu_agent.lora import tiny_base
 from gpu_agent.lora.errors import ModelError
 from gpu_agent.lora.families import family, flux, ldm, sd3, single_file
+from gpu_agent.lora.families.base import reading
 from gpu_agent.recipe import Recipe
 
 MODULES = {"flux": flux, "sd3": sd3}
@@ -294,3 +297,23 @@ def test_published_models_are_told_from_their_tensors_and_get_the_published_laye
     for name, (rows, columns) in by_rule.items():
         assert exported[f"{name}.lora_up.weight"].shape[0] == rows
         assert exported[f"{name}.lora_down.weight"].shape[1] == columns
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.ENOSPC, "full"), OSError(errno.EIO, "broken"), torch.OutOfMemoryError("72 GiB")],
+)
+def test_what_the_machine_cannot_do_is_not_said_of_the_base(error):
+    with pytest.raises(type(error)) as caught, reading(Path("b.safetensors")):
+        raise error
+    assert caught.value is error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [FileNotFoundError(errno.ENOENT, "vae"), OSError("no such file in b"), RuntimeError("shape")],
+)
+def test_what_a_library_cannot_read_is_the_bases_fault(error):
+    with pytest.raises(ModelError, match="cannot be loaded") as caught, reading(Path("b")):
+        raise error
+    assert (caught.value.code, caught.value.retryable) == ("model.unreadable", False)
